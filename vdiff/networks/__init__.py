@@ -1,0 +1,30 @@
+"""F_theta: what maps a noisy sample, its noise number and conditions to a tensor of the sample's kind."""
+
+from vdiff.networks.base import Network
+from vdiff.networks.embeddings import sinusoidal
+from vdiff.networks.layers import Downsample, GroupNorm, Upsample, zeroed
+from vdiff.networks.resblock import ResBlock
+from vdiff.networks.transformer import (
+    AttentionBlock,
+    BasicTransformerBlock,
+    CrossAttention,
+    FeedForward,
+    SpatialTransformer,
+)
+from vdiff.networks.unet import UNet
+
+__all__ = [
+    "AttentionBlock",
+    "BasicTransformerBlock",
+    "CrossAttention",
+    "Downsample",
+    "FeedForward",
+    "GroupNorm",
+    "Network",
+    "ResBlock",
+    "SpatialTransformer",
+    "UNet",
+    "Upsample",
+    "sinusoidal",
+    "zeroed",
+]

@@ -1,0 +1,87 @@
+"""What every network promises.
+
+A network is an ordinary module for one device. It takes the noise number as given and knows nothing of
+schedules, configs or ranks. Modules inside it may carry an attribute ``role``, such as
+``"self_attention"`` or ``"res_block"``, by which a mixin finds them whatever their names are.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vdiff.hooks import checkpoint
+from vdiff.process import Conditioning
+from vdiff.registry import Registered
+
+_NOTHING = Conditioning()
+
+
+class Network(Registered, nn.Module, kind="network"):
+    """``network(x, c_noise, cond) -> tensor``.
+
+    Attributes:
+        accepts: Names of the conditions that this network takes. A class names all that it can be
+            built for, an instance those it was built for.
+        built_by: For those, the arguments that build a network which takes them; for error messages.
+    """
+
+    accepts: tuple[str, ...] = ()
+    built_by: ClassVar[Mapping[str, str]] = {}
+
+    @abstractmethod
+    def forward(self, x: Tensor, c_noise: Tensor, cond: Conditioning | None = None) -> Tensor:
+        """What the network says of ``x``.
+
+        Args:
+            x: ``(B, C, ...)``, scaled as the network wants it.
+            c_noise: How noisy each row is, in the network's own units, ``(B,)``.
+            cond: Conditions, a row for each of x.
+        """
+
+    def accepted(self, cond: Conditioning | None) -> Conditioning:
+        """The conditions, none as an empty :class:`Conditioning`.
+
+        Raises:
+            ValueError: there is one that this network does not take.
+        """
+        if cond is None:
+            return _NOTHING
+        for name in cond.tensors:
+            if name not in self.accepts:
+                raise ValueError(self._refusal(name))
+        return cond
+
+    def needed(self, cond: Conditioning, name: str) -> Tensor:
+        """A condition that this network was built for and cannot do without.
+
+        Raises:
+            ValueError: it is missing.
+        """
+        value = cond.get(name)
+        if value is None:
+            raise ValueError(
+                f"{type(self).__name__}: the condition {name!r} is missing, and this network was built with "
+                f"{self.built_by.get(name, name)}. It got: {', '.join(cond.tensors) or 'none'}."
+            )
+        return value
+
+    def _refusal(self, name: str) -> str:
+        title = type(self).__name__
+        taken = f"This one takes: {', '.join(self.accepts) or 'none'}."
+        if name in self.built_by:
+            return (
+                f"{title}: got the condition {name!r}, for which it must be built with {self.built_by[name]}. {taken}"
+            )
+        return f"{title}: takes no condition {name!r}. {taken}"
+
+
+def run(layer: nn.Module, *args: Tensor | None, recompute: bool = False) -> Tensor:
+    """``layer(*args)``; with ``recompute`` its activations are not kept but computed again when differentiating."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *args, module=layer)
+    return layer(*args)

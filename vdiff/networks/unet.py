@@ -1,0 +1,288 @@
+"""The UNet of latent diffusion, Stable Diffusion 1 and 2 and SDXL, arXiv:2112.10752.
+
+The state dict is theirs, name by name and shape by shape::
+
+    time_embed, label_emb            the noise number, and a label or vector, as one embedding
+    input_blocks.0                   convolution into ``channels``
+    input_blocks.i, output_blocks.i  one :class:`Stage` each: a residual block, perhaps attention, perhaps resampling
+    middle_block                     residual block, attention, residual block
+    out                              normalisation, SiLU, convolution
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vdiff.attention import Backend
+from vdiff.networks.base import Network, run
+from vdiff.networks.embeddings import sinusoidal
+from vdiff.networks.layers import Downsample, GroupNorm, Upsample, zeroed
+from vdiff.networks.resblock import ResBlock
+from vdiff.networks.transformer import AttentionBlock, SpatialTransformer
+from vdiff.process import Conditioning
+
+
+class Stage(nn.Sequential):
+    """Layers one after the other, each given what its kind takes."""
+
+    def __init__(self, *layers: nn.Module, checkpointing: bool = False) -> None:
+        super().__init__(*layers)
+        self.checkpointing = checkpointing
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = run(layer, x, emb, recompute=self.checkpointing)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context, mask)
+            elif isinstance(layer, AttentionBlock):
+                x = x + run(layer, x, recompute=self.checkpointing)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNet(Network, name="unet"):
+    """Images ``(B, in_channels, H, W)`` to ``(B, out_channels, H, W)``.
+
+    H and W are multiples of ``2 ** (levels - 1)``. ``c_noise`` goes into a sinusoidal embedding as it
+    is: whole numbers up to 1000 for the published weights.
+
+    Conditions, each only where the network is built for it:
+
+    - ``cross_attention`` ``(B, n, context_dim)``, and its mask ``(B, n)``, True counts;
+    - ``vector`` ``(B, vector_dim)``;
+    - ``label`` ``(B,)``, whole numbers, or any numbers where ``num_classes`` is ``continuous``;
+    - ``concat`` ``(B, c, H, W)``, put behind x; ``in_channels`` counts both.
+
+    Args:
+        channels: Width of the first level.
+        channel_mult: Width of each level in units of ``channels``; its length is the number of levels.
+        num_res_blocks: Residual blocks of each level on the way down; one more on the way up.
+        attention_factors: Downsampling factors (1, 2, 4, ...) at which there is attention. The middle
+            always has it.
+        num_heads, head_dim: One of them. The other follows from each level's width.
+        context_dim: Length of the tokens in ``cross_attention``. None gives plain self-attention
+            blocks in place of transformers.
+        transformer_depth: Blocks in each transformer, per level or for all.
+        transformer_depth_middle: Blocks in the middle's, by default as in the last level.
+        linear_projection: See :class:`SpatialTransformer`.
+        dropout: In residual blocks and transformers.
+        scale_shift_norm: See :class:`ResBlock`.
+        resblock_updown: Resample by residual blocks.
+        resample_by_conv: Resample by convolutions, else by averaging and repeating.
+        num_classes: How many labels there are (one embedding each; for guidance count the empty label
+            as well), ``continuous``, or ``sequential`` for a ``vector``.
+        vector_dim: Length of ``vector``.
+        disable_self_attentions: Per level, whether transformers attend to the context only.
+        new_attention_order: See :class:`AttentionBlock`.
+        checkpointing: Keep no activations of residual and transformer blocks for the backward pass.
+        norm_groups: Groups of every normalisation; all widths are multiples of it.
+        attention_backend: See :func:`vdiff.attention.attend`.
+    """
+
+    accepts = ("cross_attention", "vector", "label", "concat")
+    built_by = {
+        "cross_attention": "context_dim",
+        "vector": "num_classes='sequential' and vector_dim",
+        "label": "num_classes, a number or 'continuous'",
+    }
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        channels: int,
+        channel_mult: Sequence[int] = (1, 2, 4, 4),
+        num_res_blocks: int | Sequence[int] = 2,
+        attention_factors: Sequence[int] = (1, 2, 4),
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        transformer_depth: int | Sequence[int] = 1,
+        transformer_depth_middle: int | None = None,
+        linear_projection: bool = False,
+        dropout: float = 0.0,
+        scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        resample_by_conv: bool = True,
+        num_classes: int | Literal["sequential", "continuous"] | None = None,
+        vector_dim: int | None = None,
+        disable_self_attentions: Sequence[bool] | None = None,
+        new_attention_order: bool = False,
+        checkpointing: bool = False,
+        norm_groups: int = 32,
+        attention_backend: Backend | None = None,
+    ) -> None:
+        super().__init__()
+        levels = len(channel_mult)
+        widths = [channels * mult for mult in channel_mult]
+        num_res_blocks = _per_level("num_res_blocks", num_res_blocks, levels)
+        depths = _per_level("transformer_depth", transformer_depth, levels)
+        disabled = _per_level("disable_self_attentions", disable_self_attentions or False, levels)
+        _check_widths(channels, widths, norm_groups)
+        if context_dim is None and (linear_projection or any(disabled) or max(depths) > 1):
+            raise ValueError(
+                "UNet: linear_projection, transformer_depth and disable_self_attentions belong to transformers, "
+                "which this network has none of. Give context_dim, or leave them out."
+            )
+        _check_attention(widths, attention_factors, num_heads, head_dim)
+        self.in_channels, self.channels, self.num_classes = in_channels, channels, num_classes
+        self.context_dim = context_dim
+        self.factor = 2 ** (levels - 1)
+
+        embedding_dim = 4 * channels
+        self.time_embed = _mlp(channels, embedding_dim)
+        self.label_emb = _label_embedding(num_classes, vector_dim, embedding_dim)
+        built_for = {"cross_attention": context_dim, "vector": vector_dim, "concat": True}
+        built_for["label"] = num_classes is not None and num_classes != "sequential"
+        self.accepts = tuple(name for name in type(self).accepts if built_for[name])
+
+        def res_block(width: int, out_width: int, resample: Literal["up", "down"] | None = None) -> ResBlock:
+            return ResBlock(width, embedding_dim, out_width, dropout, scale_shift_norm, resample, norm_groups)
+
+        def attention(width: int, depth: int, is_self_disabled: bool = False) -> nn.Module:
+            heads = num_heads or width // (head_dim or width)
+            if context_dim is None:
+                return AttentionBlock(width, heads, norm_groups, new_attention_order, attention_backend)
+            return SpatialTransformer(
+                width, heads, width // heads, depth, context_dim, dropout, linear_projection, is_self_disabled,
+                norm_groups, checkpointing, attention_backend,
+            )  # fmt: skip
+
+        def resample(width: int, direction: Literal["up", "down"]) -> nn.Module:
+            if resblock_updown:
+                return res_block(width, width, direction)
+            return {"up": Upsample, "down": Downsample}[direction](width, conv=resample_by_conv)
+
+        def stage(*layers: nn.Module) -> Stage:
+            return Stage(*layers, checkpointing=checkpointing)
+
+        self.input_blocks = nn.ModuleList([stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        skips, width = [channels], channels
+        for level in range(levels):
+            for _ in range(num_res_blocks[level]):
+                layers = [res_block(width, widths[level])]
+                width = widths[level]
+                if 2**level in attention_factors:
+                    layers.append(attention(width, depths[level], disabled[level]))
+                self.input_blocks.append(stage(*layers))
+                skips.append(width)
+            if level < levels - 1:
+                self.input_blocks.append(stage(resample(width, "down")))
+                skips.append(width)
+
+        middle_depth = depths[-1] if transformer_depth_middle is None else transformer_depth_middle
+        self.middle_block = stage(res_block(width, width), attention(width, middle_depth), res_block(width, width))
+
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(range(levels)):
+            for i in range(num_res_blocks[level] + 1):
+                layers = [res_block(width + skips.pop(), widths[level])]
+                width = widths[level]
+                if 2**level in attention_factors:
+                    layers.append(attention(width, depths[level], disabled[level]))
+                if level and i == num_res_blocks[level]:
+                    layers.append(resample(width, "up"))
+                self.output_blocks.append(stage(*layers))
+
+        self.out = nn.Sequential(
+            GroupNorm(norm_groups, width), nn.SiLU(), zeroed(nn.Conv2d(width, out_channels, 3, padding=1))
+        )
+
+    def forward(self, x: Tensor, c_noise: Tensor, cond: Conditioning | None = None) -> Tensor:
+        cond = self.accepted(cond)
+        h = self._with_concat(x, cond)
+        emb = self._embedding(c_noise, cond, x.dtype)
+        context = None if self.context_dim is None else self.needed(cond, "cross_attention")
+        mask = cond.masks.get("cross_attention")
+        skips = []
+        for block in self.input_blocks:
+            h = block(h, emb, context, mask)
+            skips.append(h)
+        h = self.middle_block(h, emb, context, mask)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context, mask)
+        return self.out(h)
+
+    def _with_concat(self, x: Tensor, cond: Conditioning) -> Tensor:
+        concat = cond.get("concat")
+        if concat is not None:
+            x = torch.cat([x, concat], dim=1)
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            parts = "x" if concat is None else f"x and 'concat' ({concat.shape[1]} channels)"
+            raise ValueError(f"UNet: expected {parts} to be (B, {self.in_channels}, H, W), got {tuple(x.shape)}.")
+        height, width = x.shape[2:]
+        if height % self.factor or width % self.factor:
+            near = tuple(max(round(n / self.factor), 1) * self.factor for n in (height, width))
+            raise ValueError(
+                f"UNet: height and width must be multiples of {self.factor}, got {(height, width)}; "
+                f"the nearest is {near}."
+            )
+        return x
+
+    def _embedding(self, c_noise: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
+        if c_noise.ndim != 1:
+            raise ValueError(f"UNet: c_noise is one number per row, (B,); got the shape {tuple(c_noise.shape)}.")
+        emb = self.time_embed(sinusoidal(c_noise, self.channels).to(dtype))
+        if self.label_emb is None:
+            return emb
+        if self.num_classes == "sequential":
+            return emb + self.label_emb(self.needed(cond, "vector"))
+        label = self.needed(cond, "label")
+        return emb + self.label_emb(label.to(dtype).view(-1, 1) if self.num_classes == "continuous" else label)
+
+
+def _mlp(dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, out_dim), nn.SiLU(), nn.Linear(out_dim, out_dim))
+
+
+def _label_embedding(num_classes: int | str | None, vector_dim: int | None, embedding_dim: int) -> nn.Module | None:
+    if (num_classes == "sequential") != (vector_dim is not None):
+        raise ValueError(
+            f"UNet: num_classes='sequential' and vector_dim go together, got {num_classes!r} and {vector_dim}."
+        )
+    if num_classes is None:
+        return None
+    if vector_dim is not None:
+        return nn.Sequential(_mlp(vector_dim, embedding_dim))
+    if num_classes == "continuous":
+        return nn.Linear(1, embedding_dim)
+    return nn.Embedding(int(num_classes), embedding_dim)
+
+
+def _per_level(name: str, value: int | bool | Sequence, levels: int) -> list:
+    if isinstance(value, int):
+        return [value] * levels
+    if len(value) != levels:
+        raise ValueError(f"UNet: {name} has {len(value)} values for {levels} levels: {list(value)}.")
+    return list(value)
+
+
+def _check_widths(channels: int, widths: list[int], norm_groups: int) -> None:
+    for width in (channels, *widths):
+        if width % norm_groups:
+            raise ValueError(
+                f"UNet: every width must be a multiple of norm_groups={norm_groups}, got {width} "
+                f"(channels={channels}). Change channels, or norm_groups for a small network."
+            )
+
+
+def _check_attention(
+    widths: list[int], attention_factors: Sequence[int], num_heads: int | None, head_dim: int | None
+) -> None:
+    factors = [2**level for level in range(len(widths))]
+    for factor in attention_factors:
+        if factor not in factors:
+            raise ValueError(f"UNet: attention_factors has {factor}, but the levels downsample by {factors}.")
+    divisor = num_heads or head_dim
+    if not divisor or (num_heads and head_dim):
+        raise ValueError(f"UNet: give num_heads or head_dim, one of them; got {num_heads} and {head_dim}.")
+    for factor, width in zip(factors, widths, strict=True):
+        if (factor in attention_factors or factor == factors[-1]) and width % divisor:
+            what = f"num_heads={num_heads}" if num_heads else f"head_dim={head_dim}"
+            raise ValueError(f"UNet: {what} does not divide the width {width} at downsampling factor {factor}.")
