@@ -1,0 +1,30 @@
+"""The port: how things attach to modules that they do not own, and come off again."""
+
+from vdiff.hooks.attachment import insert, remove
+from vdiff.hooks.matching import On, match, role_sites
+from vdiff.hooks.port import PORT, Part, Port, attached, describe, is_port_key, parts, ports
+from vdiff.hooks.recompute import checkpoint
+from vdiff.hooks.routing import routed
+from vdiff.hooks.rows import expand_gate, expand_partners
+from vdiff.hooks.witness import refuse_in_backward
+
+__all__ = [
+    "PORT",
+    "On",
+    "Part",
+    "Port",
+    "attached",
+    "checkpoint",
+    "describe",
+    "expand_gate",
+    "expand_partners",
+    "insert",
+    "is_port_key",
+    "match",
+    "parts",
+    "ports",
+    "refuse_in_backward",
+    "remove",
+    "role_sites",
+    "routed",
+]

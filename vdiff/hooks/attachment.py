@@ -1,0 +1,92 @@
+"""Putting parts into ports, and taking them out without a trace."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from torch import nn
+
+from vdiff.hooks.port import PORT, Part, Port
+
+
+def insert(sites: Iterable[tuple[str, nn.Module, Part]], who: str) -> None:
+    """Put parts at modules, all of them or, if one cannot be, none.
+
+    Args:
+        sites: Name of the site, host, part; the part knows its ``mixin_name``.
+        who: Whose parts they are, for error messages.
+
+    Raises:
+        ValueError: a host is never called, is wrapped for several devices, holds a part of that name
+            already, or holds another part that replaces its output.
+    """
+    sites = list(sites)
+    for site, host, part in sites:
+        _check(site, host, part, who)
+    for _, host, part in sites:
+        if PORT not in host._modules:
+            host.add_module(PORT, Port().train(host.training))
+        port = host._modules[PORT]
+        port.add_module(part.mixin_name, part.train(host.training))
+        _register(host, port)
+    _forget_compiled()
+
+
+def remove(sites: Iterable[tuple[nn.Module, Part]]) -> None:
+    """Take parts away, and ports that are empty with them."""
+    for host, part in sites:
+        port = host._modules[PORT]
+        del port._modules[part.mixin_name]
+        _register(host, port)
+        if not len(port):
+            del host._modules[PORT]
+    _forget_compiled()
+
+
+def _register(host: nn.Module, port: Port) -> None:
+    """The port's hooks, registered where a part needs them and nowhere else."""
+    tables = (
+        ("before", host._forward_pre_hooks, host._forward_pre_hooks_with_kwargs, host.register_forward_pre_hook),
+        ("after", host._forward_hooks, host._forward_hooks_with_kwargs, host.register_forward_hook),
+    )
+    for name, table, with_kwargs, register in tables:
+        # Found by their owner: a handle would keep pointing at the original of a deep copy.
+        held = [key for key, hook in table.items() if getattr(hook, "__self__", None) is port]
+        needed = any(getattr(type(part), name) is not getattr(Part, name) for part in port.values())
+        if needed and not held:
+            register(getattr(port, name), with_kwargs=True)
+        elif held and not needed:
+            for key in held:
+                del table[key]
+                with_kwargs.pop(key, None)
+
+
+def _check(site: str, host: nn.Module, part: Part, who: str) -> None:
+    where = f"{who}: {site or 'the module itself'} ({type(host).__name__})"
+    if type(host).forward is nn.Module.forward and "forward" not in vars(host):
+        raise ValueError(f"{where} is a container that is never called; attach to what is inside it.")
+    if any(type(p).__name__ == "DTensor" for p in host.parameters(recurse=False)):
+        raise ValueError(f"{where} is sharded already. Attach first, then wrap for several devices.")
+    if not part.mixin_name or "." in part.mixin_name or hasattr(Port, part.mixin_name):
+        raise ValueError(f"{who}: a mixin cannot be called {part.mixin_name!r}; use a plain word without dots.")
+    port = host._modules.get(PORT)
+    if port is None:
+        if hasattr(host, PORT):
+            raise ValueError(f"{where} has an attribute {PORT!r} of its own, where vdiff keeps what is attached.")
+        return
+    if part.mixin_name in port:
+        raise ValueError(f"{where} holds a mixin called {part.mixin_name!r} already. Give one of them another name.")
+    rival = next((other for other in port.values() if other.replaces and part.replaces), None)
+    if rival is not None:
+        raise ValueError(
+            f"{where}: {rival.mixin_name!r} and {part.mixin_name!r} both replace what this module does. "
+            "Keep one of them, or give one an `on` that leaves this module out."
+        )
+
+
+def _forget_compiled() -> None:
+    """Compiled code does not look for hooks that were added later, so it is dropped."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and hasattr(dynamo, "reset"):
+        dynamo.reset()

@@ -1,0 +1,82 @@
+"""Noticing that a module is run again inside backward in another state than in forward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vdiff.hooks.port import Port
+
+
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() >= 0
+
+
+def refuse_in_backward(what: str) -> None:
+    """Raise where a backward pass is running: what it recomputes would differ from what was computed."""
+    if in_backward():
+        raise RuntimeError(f"{what} inside backward would change what is being recomputed. Do it before or after.")
+
+
+class Witness:
+    """Remembers the state in which a port last ran forward, and raises when it runs again in another.
+
+    Recomputation is recognised by the backward pass that runs around it. More than one state since
+    the last backward is as bad as a changed one: the second run cannot tell which it repeats.
+    """
+
+    def __init__(self, port: Port | None = None) -> None:
+        self.seen = None if port is None else _fingerprint(port)
+        self.is_ambiguous = False
+        self.is_spent = False  # a backward has used it up, so the next forward starts afresh
+
+    def check(self, port: Port) -> None:
+        if not torch.is_grad_enabled():
+            return
+        now = _fingerprint(port)
+        if in_backward():
+            self.is_spent = True
+            if now != self.seen or self.is_ambiguous:
+                raise RuntimeError(_CHANGED.format(", ".join(port)))
+            return
+        is_fresh = self.seen is None or self.is_spent
+        self.is_ambiguous = not is_fresh and (self.is_ambiguous or now != self.seen)
+        self.seen, self.is_spent = now, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"seen": None, "is_ambiguous": False, "is_spent": False}  # a copy has run nothing yet
+
+
+_CHANGED = (
+    "A checkpointed module with mixins ({}) is recomputed in backward, but not in the one state in which it ran "
+    "forward: a scale, gate, partner or switch was changed in between, or it ran in several. The gradient would be "
+    "wrong. Checkpoint through vdiff.hooks.checkpoint(..., module=...), which restores the state, or keep it (and "
+    "`with routed(...)`) unchanged until backward is done. Reentrant checkpointing is not supported."
+)
+
+
+def _fingerprint(port: Port) -> list[tuple]:
+    return [
+        (name, part.strength, _Same.of(part.gate), _Same.of(part.partners)) if part.enabled else (name,)
+        for name, part in port.items()
+    ]
+
+
+class _Same:
+    """Equal to another where both hold one tensor in one version; holding it keeps its identity unique."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.version = 0 if tensor.is_inference() else tensor._version
+
+    @staticmethod
+    def of(tensor: Tensor | None) -> _Same | None:
+        return None if tensor is None else _Same(tensor)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.tensor is other.tensor and self.version == other.version
+
+    __hash__ = None  # type: ignore[assignment]
