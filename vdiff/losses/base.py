@@ -1,0 +1,112 @@
+"""Losses compare a prediction with the truth, one value per row. They draw nothing and reduce nothing else."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdiff.losses.weightings import UnitWeighting, Weighting
+from vdiff.process import NoiseLevel, Parameterization, Prediction, parameterization, spread
+from vdiff.registry import Registered
+
+# Edges of the buckets that losses are reported in, as sigma / alpha.
+BUCKETS = (0.1, 0.5, 2.0, 10.0)
+
+
+@dataclass(frozen=True, eq=False)
+class LossValues:
+    """What a training step gives.
+
+    Attributes:
+        per_row: The loss of each row, float32, shape ``(B,)``; the trainer averages.
+        metrics: More to log, each ``(B,)`` without gradient; NaN where a row does not count.
+    """
+
+    per_row: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Loss(Registered, kind="loss"):
+    """``loss(prediction, x0, noise, level, batch) -> LossValues``. A loss names the batch fields it reads."""
+
+    @abstractmethod
+    def __call__(
+        self, prediction: Prediction, x0: Tensor, noise: Tensor, level: NoiseLevel, batch: Mapping[str, Any]
+    ) -> LossValues:
+        """One value per row of ``x0``, shape ``(B, ...)``."""
+
+
+class PointwiseLoss(Loss, abstract=True):
+    """A function of the error at every point, weighted by level, averaged over a row.
+
+    Args:
+        parameterization: The language in which the error is measured; by default the network's own.
+        weighting: Of the squared error, by level.
+        mask: Name of a batch field that says what counts: 1 or 0 (or between), broadcastable to x0 from the
+            left; the mean is over what counts.
+    """
+
+    def __init__(
+        self,
+        parameterization: str | Parameterization | None = None,
+        weighting: Weighting | None = None,
+        mask: str | None = None,
+    ) -> None:
+        self.language = None if parameterization is None else _language(parameterization)
+        self.weighting = UnitWeighting() if weighting is None else weighting
+        self.mask = mask
+
+    def __call__(
+        self, prediction: Prediction, x0: Tensor, noise: Tensor, level: NoiseLevel, batch: Mapping[str, Any]
+    ) -> LossValues:
+        language = self.language or prediction.language
+        said = prediction.to(language)
+        said = said.to(torch.promote_types(said.dtype, torch.float32))
+        error = self.pointwise(said - language.value(x0.to(said.dtype), noise.to(said.dtype), level))
+        error = error * spread(self.weighting(level, language).to(error.dtype), error)
+        per_row = error.flatten(1).mean(1) if self.mask is None else _masked_mean(error, self._mask(batch, error))
+        return LossValues(per_row.float(), by_bucket(per_row.float(), level))
+
+    @abstractmethod
+    def pointwise(self, difference: Tensor) -> Tensor:
+        """The error at every point."""
+
+    def _mask(self, batch: Mapping[str, Any], error: Tensor) -> Tensor:
+        if self.mask not in batch:
+            raise KeyError(
+                f"{type(self).__name__}: the batch has no field {self.mask!r} (mask). It has: {', '.join(batch)}."
+            )
+        mask = batch[self.mask].to(error)
+        mask = mask[(...,) + (None,) * (error.ndim - mask.ndim)]
+        try:
+            return mask.expand_as(error)
+        except RuntimeError as cause:
+            raise ValueError(
+                f"{type(self).__name__}: mask {self.mask!r} of shape {tuple(mask.shape)} does not fit x0 of shape "
+                f"{tuple(error.shape)}."
+            ) from cause
+
+
+def _language(name: str | Parameterization) -> Parameterization:
+    return parameterization(name)
+
+
+def _masked_mean(error: Tensor, mask: Tensor) -> Tensor:
+    return (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1e-8)
+
+
+def by_bucket(per_row: Tensor, level: NoiseLevel) -> dict[str, Tensor]:
+    """The loss split by noise level: one entry per bucket of sigma / alpha, NaN for rows elsewhere."""
+    ratio = level.ratio if level.t.ndim == 1 else level.ratio.mean(1)
+    bucket = torch.bucketize(ratio.detach(), torch.tensor(BUCKETS, device=ratio.device))
+    value = per_row.detach()
+    nan = torch.full_like(value, float("nan"))
+    edges = ("0", *(f"{edge:g}" for edge in BUCKETS), "inf")
+    return {
+        f"loss/sigma_{edges[i]}_{edges[i + 1]}": torch.where(bucket == i, value, nan) for i in range(len(BUCKETS) + 1)
+    }
