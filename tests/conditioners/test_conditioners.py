@@ -1,0 +1,148 @@
+"""Conditioners: composition by name, nulls made explicitly, drops that belong to the row's key."""
+
+import math
+
+import pytest
+import torch
+
+from vdiff.conditioners import ClassLabelEmbedder, Embedder, EmbedderConditioner, ScalarFourierEmbedder
+from vdiff.registry import isolated
+
+
+def batch(rows=8, keys=None, step=0):
+    return {
+        "label": torch.arange(rows) % 3,
+        "fps": torch.linspace(1, 30, rows),
+        "noise_key": torch.arange(rows) if keys is None else keys,
+        "step": step,
+    }
+
+
+def conditioner(**options):
+    return EmbedderConditioner(
+        [ClassLabelEmbedder(3, 4, drop=0.5), ScalarFourierEmbedder("fps", width=6, drop=0.5)], **options
+    )
+
+
+def test_embeddings_that_feed_one_name_are_joined_in_order():
+    made = conditioner().eval()
+    cond = made(batch())
+    assert cond["vector"].shape == (8, 10)
+    assert torch.equal(cond["vector"][:, :4], made.embedders[0](batch()["label"]))
+    assert torch.equal(cond["vector"][:, 4:], made.embedders[1](batch()["fps"]))
+
+
+def test_the_null_has_every_name_and_says_nothing_of_the_row():
+    null = conditioner().eval()(batch()).null
+    assert null["vector"].shape == (8, 10)
+    assert (null["vector"] == null["vector"][:1]).all()
+
+
+def test_a_learned_null_learns_and_a_zero_null_is_zero():
+    learned, zero = ClassLabelEmbedder(3, 4, null="learned"), ClassLabelEmbedder(3, 4, null="zero")
+    assert learned.null(torch.zeros(2, 4)).requires_grad
+    assert zero.null(torch.ones(2, 4)).abs().max() == 0
+    assert len(learned.table.weight) == 4 and len(zero.table.weight) == 3
+    fourier = ScalarFourierEmbedder("fps", width=6, null="learned")
+    assert fourier.null(torch.zeros(2, 12)).requires_grad
+
+
+def dropped(made, which):
+    cond, null = made(which), made(which).null
+    parts = [slice(0, 4), slice(4, 10)]
+    return torch.stack([(cond["vector"][:, p] == null["vector"][:, p]).all(1) for p in parts])
+
+
+def test_training_drops_rows_at_their_rate_and_sampling_drops_none():
+    made = conditioner().train()
+    rates = dropped(made, batch(2000)).float().mean(1)
+    assert rates.tolist() == pytest.approx([0.5, 0.5], abs=0.04)
+    assert not dropped(made.eval(), batch(2000)).any()
+
+
+def test_a_drop_depends_on_the_rows_key_alone():
+    made = conditioner().train()
+    whole = dropped(made, batch(8))
+    for row in range(8):
+        alone = {k: v[row : row + 1] if isinstance(v, torch.Tensor) else v for k, v in batch(8).items()}
+        assert torch.equal(dropped(made, alone)[:, 0], whole[:, row])
+    assert not torch.equal(dropped(made, batch(200, step=1)), dropped(made, batch(200)))
+
+
+def test_rows_of_a_pair_lose_their_conditions_together():
+    keys = torch.arange(100).repeat_interleave(2)
+    lost = dropped(conditioner().train(), batch(200, keys=keys))
+    assert torch.equal(lost[:, 0::2], lost[:, 1::2]) and lost.any() and not lost.all()
+
+
+def test_two_embedders_lose_their_conditions_independently():
+    lost = dropped(conditioner().train(), batch(4000)).float()
+    assert (lost[0] * lost[1]).mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+def test_joint_drops_are_exclusive_outcomes():
+    rows = [
+        {"probability": 0.2, "drop": ["label"]},
+        {"probability": 0.3, "drop": ["fps"]},
+        {"probability": 0.1, "drop": ["label", "fps"]},
+    ]
+    made = EmbedderConditioner([ClassLabelEmbedder(3, 4), ScalarFourierEmbedder("fps", width=6)], rows).train()
+    label, fps = dropped(made, batch(6000))
+    shares = [(label & ~fps), (~label & fps), (label & fps), (~label & ~fps)]
+    assert [s.float().mean().item() for s in shares] == pytest.approx([0.2, 0.3, 0.1, 0.4], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"probability": 0.1, "drop": ["caption"]}], "no embedder reads .*caption"),
+        ([{"probability": 0.7, "drop": ["label"]}, {"probability": 0.7, "drop": ["fps"]}], "more than 1"),
+        ([{"p": 0.1, "drop": ["label"]}], "probability and drop"),
+    ],
+)
+def test_a_wrong_drop_table_is_an_error(rows, message):
+    with pytest.raises(ValueError, match=message):
+        conditioner(joint_drop=rows)
+
+
+def test_wrong_batches_and_labels_are_errors():
+    made = conditioner().eval()
+    with pytest.raises(KeyError, match="reads 'label'.*It has: fps"):
+        made({"fps": torch.ones(2)})
+    with pytest.raises(ValueError, match="classes are 0 to 2"):
+        made(batch() | {"label": torch.tensor([0, 3])})
+    with pytest.raises(KeyError, match="noise_key"):
+        conditioner().train()({"label": torch.zeros(2), "fps": torch.ones(2)})
+
+
+def test_two_embedders_cannot_feed_a_name_that_takes_one():
+    made = EmbedderConditioner(
+        [ClassLabelEmbedder(3, 4, feeds="label"), ClassLabelEmbedder(3, 4, feeds="label")]
+    ).eval()
+    with pytest.raises(ValueError, match="2 embedders feed 'label'"):
+        made(batch())
+
+
+def test_fourier_numbers_are_cosines_then_sines():
+    made = ScalarFourierEmbedder("fps", width=4, max_period=100.0)
+    got = made(torch.tensor([2.0]))[0]
+    waves = [1.0, 100.0**-0.5]
+    assert got.tolist() == pytest.approx([math.cos(2 * w) for w in waves] + [math.sin(2 * w) for w in waves], abs=1e-6)
+    assert made(torch.ones(5, 3)).shape == (5, 12)
+
+
+def test_an_engine_without_conditions_has_an_empty_conditioning():
+    cond = EmbedderConditioner()({"image": torch.zeros(2)})
+    assert cond.num_rows is None and cond.null is None
+
+
+def test_a_new_embedder_is_a_few_lines():
+    with isolated():
+
+        class TotalEmbedder(Embedder):
+            def forward(self, value):
+                return value.flatten(1).sum(1, keepdim=True)
+
+        made = EmbedderConditioner([TotalEmbedder("image", "vector", drop=1.0)]).train()
+        cond = made({"image": torch.ones(2, 3, 3), "noise_key": torch.arange(2)})
+    assert cond["vector"].tolist() == [[0.0], [0.0]]

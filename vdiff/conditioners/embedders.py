@@ -1,0 +1,93 @@
+"""Embedders for classes and numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vdiff.conditioners.base import Embedder
+
+
+class ClassLabelEmbedder(Embedder):
+    """A learned vector per class.
+
+    Args:
+        num_classes: Labels are 0 ... ``num_classes`` - 1.
+        width: Length of the vector.
+        reads, feeds, drop: See :class:`Embedder`.
+        null: ``learned`` gives the null a vector of its own; ``zero`` makes it zero.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        width: int,
+        reads: str = "label",
+        feeds: str = "vector",
+        drop: float = 0.0,
+        null: Literal["zero", "learned"] = "learned",
+    ) -> None:
+        super().__init__(reads, feeds, drop, null)
+        self.num_classes = num_classes
+        self.table = nn.Embedding(num_classes + (null == "learned"), width)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """``value`` holds labels, ``(B,)``."""
+        labels = torch.as_tensor(value, device=self.table.weight.device).long()
+        if labels.device.type == "cpu" and bool(((labels < 0) | (labels >= self.num_classes)).any()):
+            raise ValueError(
+                f"ClassLabelEmbedder: {self.reads} holds {labels.tolist()}, classes are 0 to {self.num_classes - 1}."
+            )
+        return self.table(labels)
+
+    def null(self, like: Tensor) -> Tensor:
+        if self.null_kind == "zero":
+            return torch.zeros_like(like)
+        return self.table.weight[-1].to(like.dtype).expand_as(like)
+
+
+class ScalarFourierEmbedder(Embedder):
+    """One or several numbers per row as sines and cosines: fps, motion, crop sizes.
+
+    Args:
+        reads: A field of shape ``(B,)`` or ``(B, n)``.
+        width: Of each number's embedding; even.
+        max_period: Of the slowest wave.
+        scale: The numbers are multiplied by it first; 1000 for numbers in [0, 1].
+        feeds, drop, null: See :class:`Embedder`.
+
+    References:
+        Podell et al., arXiv:2307.01952, section 2.2 (size conditioning).
+    """
+
+    def __init__(
+        self,
+        reads: str,
+        width: int = 256,
+        max_period: float = 10_000.0,
+        scale: float = 1.0,
+        feeds: str = "vector",
+        drop: float = 0.0,
+        null: Literal["zero", "learned"] = "zero",
+    ) -> None:
+        super().__init__(reads, feeds, drop, null)
+        if width % 2:
+            raise ValueError(f"ScalarFourierEmbedder: width must be even, got {width}.")
+        self.width, self.scale = width, scale
+        waves = torch.exp(-math.log(max_period) * torch.arange(width // 2, dtype=torch.float32) / (width // 2))
+        self.register_buffer("waves", waves, persistent=False)
+        self.absent = nn.Parameter(torch.zeros(width)) if null == "learned" else None
+
+    def forward(self, value: Tensor) -> Tensor:
+        """``(B, width)`` or ``(B, n * width)``, cosines first as in the field's time embeddings."""
+        numbers = torch.as_tensor(value, device=self.waves.device).float()
+        angles = (numbers * self.scale)[..., None] * self.waves
+        return torch.cat([angles.cos(), angles.sin()], -1).flatten(1)
+
+    def null(self, like: Tensor) -> Tensor:
+        if self.absent is None:
+            return torch.zeros_like(like)
+        return self.absent.repeat(like.shape[1] // self.width).expand_as(like)
