@@ -1,0 +1,5 @@
+"""The command line: ``vdiff train | sample | evaluate | list | describe | inspect | doctor``."""
+
+from vdiff.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,114 @@
+"""``vdiff inspect`` and ``vdiff doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import platform
+import sys
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdiff.checkpoints import find_checkpoint, read_metadata, read_weights, steps, verify
+
+OPTIONAL = {
+    "open_clip_torch": "text and image towers",
+    "xformers": "memory-efficient attention",
+    "transformers": "extra text: T5 and CLIP-L",
+    "av": "extra video: reading and writing video",
+    "matplotlib": "extra plot",
+    "scikit-learn": "extra data: the digits",
+    "tensorboard": "extra tensorboard",
+    "torchmetrics": "extra metrics",
+    "lightning": "extra lightning (2.6.6 or newer)",
+}
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    path = Path(arguments.path)
+    if path.is_dir():
+        return _inspect_run(path, arguments.depth)
+    tensors = read_weights(path)
+    for key, value in read_metadata(path).items() if path.suffix == ".safetensors" else ():
+        print(f"{key}: {value[:200]}")
+    census(tensors, arguments.depth)
+    return 0
+
+
+def _inspect_run(run: Path, depth: int) -> int:
+    from vdiff.engine import DiffusionEngine
+    from vdiff.hooks import describe
+
+    root = run / "checkpoints"
+    if not (run / "config.yaml").is_file() and not root.is_dir():
+        raise FileNotFoundError(f"{run} is neither a run (config.yaml, checkpoints) nor a weight file.")
+    for step in sorted(steps(root)):
+        problems = verify(root / f"step-{step:08d}")
+        print(f"step {step}: {'; '.join(problems) if problems else 'valid'}")
+    engine = DiffusionEngine.from_config(run / "config.yaml")
+    for slot, module in engine.named_children():
+        print(f"{slot}: {type(module).__name__}, {sum(p.numel() for p in module.parameters()):,} parameters")
+    touched = describe(engine)
+    print(touched if touched else "no mixins")
+    census(read_weights(find_checkpoint(run) / "model.safetensors"), depth)
+    return 0
+
+
+def census(tensors: dict[str, Tensor], depth: int) -> None:
+    """Tensors and parameters by the first parts of their names."""
+    count: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    for key, value in tensors.items():
+        prefix = ".".join(key.split(".")[:depth])
+        count[prefix] += 1
+        size[prefix] += value.numel()
+    dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in tensors.values())
+    print(f"{len(tensors)} tensors, {sum(size.values()):,} numbers, {dict(dtypes)}")
+    for prefix in count:
+        print(f"  {prefix:40} {count[prefix]:5} tensors {size[prefix]:14,} numbers")
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from vdiff import __version__
+    from vdiff.attention import BACKENDS, AttentionCall, refusal
+
+    print(f"vdiff {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {sys.platform}")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            print(f"cuda:{i}: {p.name}, {p.total_memory / 2**30:.0f} GiB, capability {p.major}.{p.minor}")
+    else:
+        print(f"device: {'mps' if torch.backends.mps.is_available() else 'cpu'}, {torch.get_num_threads()} threads")
+    print("attention (1024 tokens, head dimension 64, bfloat16 on CUDA):")
+    for name in BACKENDS:
+        reason = refusal(name, _typical_call(AttentionCall))
+        print(f"  {name:10} {reason or 'fits'}")
+    print("optional packages:")
+    for name, use in OPTIONAL.items():
+        print(f"  {name:16} {_state(name):14} {use}")
+    return 0
+
+
+def _typical_call(call: Any) -> Any:
+    if not torch.cuda.is_available():
+        return call("cpu", torch.float32, 1024, 1024, 64)
+    capability, cudnn = torch.cuda.get_device_capability(), torch.backends.cudnn.version() or 0
+    return call("cuda", torch.bfloat16, 1024, 1024, 64, capability=capability, cudnn=cudnn)
+
+
+def _state(package: str) -> str:
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        return "not installed"
+    module = {"open_clip_torch": "open_clip", "scikit-learn": "sklearn"}.get(package, package)
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken install is what a doctor is for
+        return f"{found}, broken: {error!r:.60}"
+    return found

@@ -1,0 +1,117 @@
+"""Arguments to commands. Nothing heavy is imported before a command runs, so ``--help`` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+EXAMPLES = """examples:
+  vdiff train configs/digits_edm.yaml --out outputs/digits_edm
+  vdiff train configs/digits_edm.yaml training.num_steps=500 engine.sampler.num_steps=10
+  vdiff sample outputs/digits_edm --num 64 --label 3 --guidance 2 --solver heun --steps 18 --out grid.png
+  vdiff evaluate outputs/digits_edm
+  vdiff describe sampler/heun
+"""
+
+EXIT_USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for a user's error, 75 for a run that was told to stop and saved."""
+    arguments = parser().parse_args(argv)
+    if arguments.traceback:
+        return _run(arguments)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `vdiff list | head`
+        sys.stderr.close()
+        return 0
+    except (ValueError, KeyError, TypeError, ImportError, OSError, RuntimeError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"vdiff {arguments.command}: {message}\n(--traceback shows where it came from)", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    module, function = arguments.run
+    return getattr(importlib.import_module(f"vdiff.cli.{module}"), function)(arguments) or 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their arguments."""
+    top = argparse.ArgumentParser(
+        prog="vdiff", description="Image and video diffusion for research.", epilog=EXAMPLES, formatter_class=_Raw
+    )
+    top.add_argument("--version", action=_Version)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = _command(commands, "train", "training", "train a run file, or continue a run")
+    train.add_argument("config", nargs="+", help="run files, later ones over earlier ones, then key=value overrides")
+    train.add_argument("--out", help="run folder; by default outputs/ and the name of the last file")
+    train.add_argument("--allow-imports", action="store_true", help="let the file import the modules it names")
+
+    sample = _command(commands, "sample", "sampling", "draw samples from a run")
+    _run_arguments(sample)
+    sample.add_argument("--num", type=int, default=64, help="how many (64)")
+    sample.add_argument("--label", type=int, action="append", help="class of all samples; repeat for several")
+    sample.add_argument("--out", default=None, help="picture (.png) or tensor (.safetensors); RUN/samples.png")
+    sample.add_argument("--columns", type=int, default=None, help="of the picture")
+    sample.add_argument("--upscale", type=int, default=None, help="size of a pixel in the picture")
+    sample.add_argument("--crisp", action="store_true", help="show pixels as squares instead of smoothly")
+
+    evaluate = _command(commands, "evaluate", "sampling", "hold a run's samples against its data")
+    _run_arguments(evaluate)
+    evaluate.add_argument("--num", type=int, default=None, help="how many; by default as many as there are examples")
+    evaluate.add_argument("--metric", action="append", help="by default all; `vdiff list metric`")
+    evaluate.add_argument("--out", default=None, help="figures as JSON; RUN/evaluation.json")
+
+    names = _command(commands, "list", "registry", "what is registered, of one kind or of all")
+    names.add_argument("kind", nargs="?")
+
+    describe = _command(commands, "describe", "registry", "signature, text and paper of an entry")
+    describe.add_argument("entry", help="KIND/NAME, such as sampler/heun")
+
+    inspect = _command(commands, "inspect", "inspection", "what is in a run folder or a weight file")
+    inspect.add_argument("path", help="RUN or FILE")
+    inspect.add_argument("--depth", type=int, default=3, help="of the census of keys (3)")
+
+    _command(commands, "doctor", "inspection", "what this machine can do")
+    return top
+
+
+def _command(commands: argparse._SubParsersAction, name: str, module: str, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    command.set_defaults(run=(module, name if name != "list" else "names"))
+    return command
+
+
+def _run_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="RUN", help="folder of a training run")
+    command.add_argument("--weights", choices=("ema", "raw"), default=None, help="ema if the run kept them")
+    command.add_argument("--step", default="last", help="number of a checkpoint, last or best")
+    command.add_argument("--guidance", type=float, default=None, help="scale; 1 is the plain conditional prediction")
+    command.add_argument("--solver", default=None, help="`vdiff list sampler`")
+    command.add_argument("--steps", type=int, default=None, help="steps of the solver")
+    command.add_argument("--seed", type=int, default=0, help="of the first sample; the others follow")
+    command.add_argument("--batch-size", type=int, default=256)
+    command.add_argument("--device", default="auto")
+
+
+class _Raw(argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings: list[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="show the version")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from vdiff import __version__
+
+        print(f"vdiff {__version__}")
+        parser.exit()

@@ -1,0 +1,133 @@
+"""``vdiff sample`` and ``vdiff evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdiff.conditioners import ClassLabelEmbedder, EmbedderConditioner
+from vdiff.data import Dataset
+from vdiff.engine import DiffusionEngine
+from vdiff.evaluation import Reference, Samples, grid, save_figures, save_picture, table
+from vdiff.evaluation import evaluate as measure
+from vdiff.process import ExplicitDiscretizer
+from vdiff.registry import build, entries, load_config
+from vdiff.samplers import CFGGuider, Sampler
+from vdiff.training.loop import choose_device
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    engine = load_engine(arguments)
+    labels = _labels(engine, arguments.label, arguments.num)
+    images = draw(engine, arguments, labels, arguments.num)
+    out = Path(arguments.out or Path(arguments.folder) / "samples.png")
+    if out.suffix == ".safetensors":
+        from vdiff.checkpoints import save_weights
+
+        save_weights(
+            out, {"samples": images} | ({} if labels is None else {"labels": labels}), {"weights": engine.weights}
+        )
+    else:
+        low, high = engine.first_stage.pixel_range
+        columns = arguments.columns or (10 if labels is not None and arguments.num % 10 == 0 else None)
+        picture = grid(images, columns, low, high, upscale=arguments.upscale, smooth=not arguments.crisp)
+        save_picture(picture, out)
+    print(f"{out}: {arguments.num} samples with the {engine.weights}")
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    run = Path(arguments.folder)
+    engine = load_engine(arguments)
+    config = load_config(run / "config.yaml", interpolate=False)
+    data: dict[str, Dataset] = {name: build(node, "dataset", f"data.{name}") for name, node in config["data"].items()}
+    if "validation" not in data:
+        raise ValueError(f"{run}: its config has no data.validation to compare with.")
+    reference = Reference.of(data["train"], data["validation"], image=engine.input_key)
+    labels = None
+    if reference.train_labels is not None and reference.test_labels is not None:
+        labels = torch.cat([reference.train_labels, reference.test_labels])
+    num = arguments.num or len(reference.train_images) + len(reference.test_images)
+    if labels is not None:
+        labels = labels[torch.arange(num) % len(labels)]
+    images = draw(engine, arguments, labels, num)
+    metrics = [build({"type": name}, "metric") for name in arguments.metric or entries("metric")]
+    figures = {"num_samples": float(num), **measure(Samples(images, labels), reference, metrics)}
+    out = Path(arguments.out or run / "evaluation.json")
+    save_figures(figures, out)
+    print(f"{run}: {num} samples with the {engine.weights}, solver {_spell(engine.sampler)}")
+    print(table(figures))
+    print(f"figures in {out}")
+    return 0
+
+
+def load_engine(arguments: argparse.Namespace) -> DiffusionEngine:
+    """The engine of the run, with solver and guidance as asked for."""
+    step: Any = arguments.step if arguments.step in ("last", "best") else int(arguments.step)
+    weights = arguments.weights
+    if weights is None:
+        config = load_config(Path(arguments.folder) / "config.yaml", interpolate=False)
+        weights = "raw" if config.get("training", {}).get("ema") is None else "ema"
+    engine = DiffusionEngine.load(arguments.folder, weights, step)
+    assert isinstance(engine, DiffusionEngine)
+    engine.to(choose_device(arguments.device))
+    if arguments.solver is not None or arguments.steps is not None:
+        engine.sampler = _resampled(engine.sampler, arguments.solver, arguments.steps)
+    if arguments.guidance is not None:
+        engine.guider = CFGGuider(arguments.guidance)
+    return engine
+
+
+def _resampled(sampler: Sampler, solver: str | None, steps: int | None) -> Sampler:
+    """Another solver or number of steps on the same discretizer."""
+    node: dict[str, Any] = {"type": solver or type(sampler).registered_name, "num_steps": steps or sampler.num_steps}
+    if not isinstance(sampler.discretizer, ExplicitDiscretizer):
+        node["discretizer"] = sampler.discretizer
+    return build(node, "sampler")
+
+
+def draw(engine: DiffusionEngine, arguments: argparse.Namespace, labels: Tensor | None, num: int) -> Tensor:
+    """Samples in batches, with a progress bar; each depends on its own seed and label alone."""
+    from rich.progress import Progress
+
+    images = []
+    with Progress(transient=True) as bar:
+        task = bar.add_task("sampling", total=num)
+        for start in range(0, num, arguments.batch_size):
+            rows = min(arguments.batch_size, num - start)
+            cond = None if labels is None else {_label_field(engine): labels[start : start + rows]}
+            images.append(engine.sample(cond, num=rows, seeds=arguments.seed + start).cpu())
+            bar.advance(task, rows)
+    low, high = engine.first_stage.pixel_range
+    return torch.cat(images).clamp(low, high)
+
+
+def _embedders(engine: DiffusionEngine) -> list[ClassLabelEmbedder]:
+    conditioner = engine.conditioner
+    found = conditioner.embedders if isinstance(conditioner, EmbedderConditioner) else []
+    return [e for e in found if isinstance(e, ClassLabelEmbedder)]
+
+
+def _label_field(engine: DiffusionEngine) -> str:
+    embedders = _embedders(engine)
+    if len(embedders) != 1:
+        raise ValueError(f"labels: this engine has {len(embedders)} class embedders, the command line serves one.")
+    return embedders[0].reads
+
+
+def _labels(engine: DiffusionEngine, asked: list[int] | None, num: int) -> Tensor | None:
+    """Asked ones in turn, or all classes in turn, or None for an engine without classes."""
+    if not _embedders(engine):
+        if asked:
+            raise ValueError("--label: this engine is not conditioned on classes.")
+        return None
+    cycle = asked or list(range(_embedders(engine)[0].num_classes))
+    return torch.tensor([cycle[i % len(cycle)] for i in range(num)])
+
+
+def _spell(sampler: Sampler) -> str:
+    return f"{type(sampler).registered_name} with {sampler.num_steps} steps"
