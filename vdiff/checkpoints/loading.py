@@ -1,0 +1,196 @@
+"""Tensors into a module: strictly, with a readable difference, and all or nothing."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from vdiff.hooks import is_port_key
+
+MAX_GROUPS = 8
+
+
+class MismatchError(ValueError):
+    """Weights that do not fit the module; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What went where.
+
+    Attributes:
+        where: Name of the target, as the caller gave it.
+        loaded: Names in the module that got their weights.
+        ignored: Names, of the module or the file, that ``ignore`` left alone.
+        outside: Names in the file that no entry of ``prefix`` takes.
+        attachments: Names of attached mixins that the file does not have; they keep their values.
+        missing: Names in the module that the file lacks; empty if strict.
+        unexpected: Names in the file that the module lacks; empty if strict.
+        cast: How many were converted to another floating type.
+    """
+
+    where: str
+    loaded: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+    attachments: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    cast: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        if self.cast:
+            parts.append(f"{self.cast} of them converted to the module's type")
+        for names, text in (
+            (self.attachments, "of attached mixins not in the file and kept as they are"),
+            (self.ignored, "ignored"),
+            (self.outside, "in the file outside the given prefixes"),
+            (self.missing, "not in the file and kept as they are"),
+            (self.unexpected, "in the file and not in the module"),
+        ):
+            if names:
+                parts.append(f"{len(names)} {text} ({summary(names)})")
+        return f"{self.where or 'module'}: {'; '.join(parts)}."
+
+
+def load_into(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    strict: bool = True,
+    ignore: Sequence[str] = (),
+    prefix: Mapping[str, str] | None = None,
+    where: str = "",
+) -> LoadReport:
+    """Copy tensors into a module's parameters and buffers, or change nothing and say why.
+
+    Args:
+        strict: Whether every name must be on both sides. A wrong shape and a weight that is not
+            finite are errors either way, unless ignored.
+        ignore: Globs over names in the module; what matches is neither loaded nor missed.
+        prefix: How names in the file begin, and with what to replace it:
+            ``{"model.diffusion_model.": ""}``. The longest that fits is used. Names that none
+            fits are left out and counted; ``{"": ""}`` among them keeps those.
+        where: Name of the target in messages.
+
+    Raises:
+        MismatchError: a readable difference, grouped by common prefix.
+    """
+    renamed, outside = _rename(tensors, prefix, where)
+    own = {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+
+    def is_ignored(name: str) -> bool:
+        return any(fnmatchcase(name, glob) for glob in ignore)
+
+    both = [name for name in own if name in renamed and not is_ignored(name)]
+    absent = [name for name in own if name not in renamed and not is_ignored(name)]
+    attachments = [name for name in absent if is_port_key(name)]
+    missing = [name for name in absent if not is_port_key(name)]
+    unexpected = [name for name in renamed if name not in own and not is_ignored(name)]
+    odd = {
+        "of another shape or type": [f"{name}: {_spell(renamed[name])} in the file, {_spell(own[name])} in the module"
+                                     for name in both if not _fits(renamed[name], own[name])],
+        "not finite": [name for name in both if not _is_finite(renamed[name])],
+    }  # fmt: skip
+    if strict:
+        odd = {"missing in the file": missing, "unexpected in the file": unexpected, **odd}
+    if any(odd.values()):
+        raise MismatchError(_difference(where, odd, _hint(missing, unexpected, prefix)))
+    is_meta = any(own[name].is_meta for name in both)
+    module.load_state_dict({name: renamed[name] for name in both}, strict=False, assign=is_meta)
+    return LoadReport(
+        where,
+        tuple(both),
+        tuple(sorted({name for name in (*own, *renamed) if is_ignored(name)})),
+        tuple(outside),
+        tuple(attachments),
+        () if strict else tuple(missing),
+        () if strict else tuple(unexpected),
+        sum(renamed[name].dtype != own[name].dtype for name in both),
+    )
+
+
+def _rename(
+    tensors: Mapping[str, Tensor], prefix: Mapping[str, str] | None, where: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    if not prefix:
+        return dict(tensors), []
+    renamed: dict[str, Tensor] = {}
+    outside = []
+    for name, value in tensors.items():
+        begin = max((p for p in prefix if name.startswith(p)), key=len, default=None)
+        if begin is None:
+            outside.append(name)
+            continue
+        new = prefix[begin] + name[len(begin) :]
+        if new in renamed:
+            raise MismatchError(f"{where or 'module'}: the prefixes {dict(prefix)} give two tensors the name {new!r}.")
+        renamed[new] = value
+    if not renamed:
+        raise MismatchError(
+            f"{where or 'module'}: no name in the file begins with {' or '.join(map(repr, prefix))}. "
+            f"They begin: {summary(tensors)}."
+        )
+    return renamed, outside
+
+
+def _fits(new: Tensor, old: Tensor) -> bool:
+    return new.shape == old.shape and new.is_floating_point() == old.is_floating_point()
+
+
+def _is_finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or value.is_meta or bool(value.float().isfinite().all())
+
+
+def _spell(value: Tensor) -> str:
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+
+
+def summary(names: Iterable[str]) -> str:
+    """Names grouped by their common beginnings: ``input_blocks.* (88), out.0.weight, ...``."""
+    names = list(names)
+    groups: dict[str, list[str]] = {}
+    for depth in (4, 3, 2, 1):
+        groups = defaultdict(list)
+        for name in names:
+            groups[".".join(name.split(".")[:depth])].append(name)
+        if len(groups) <= MAX_GROUPS:
+            break
+    words = [f"{key}.* ({len(found)})" if len(found) > 1 else found[0] for key, found in groups.items()]
+    more = f", and {len(words) - MAX_GROUPS} groups more" if len(words) > MAX_GROUPS else ""
+    return ", ".join(words[:MAX_GROUPS]) + more
+
+
+def _difference(where: str, odd: Mapping[str, list[str]], hint: str) -> str:
+    lines = [f"{where or 'module'}: the weights do not fit; nothing was changed."]
+    for text, names in odd.items():
+        if not names:
+            continue
+        if text == "of another shape or type":
+            more = f"; and {len(names) - MAX_GROUPS} more" if len(names) > MAX_GROUPS else ""
+            lines.append(f"  {len(names)} {text}: {'; '.join(names[:MAX_GROUPS])}{more}")
+        else:
+            lines.append(f"  {len(names)} {text}: {summary(names)}")
+    return "\n".join([*lines, f"  {hint}"])
+
+
+def _hint(missing: list[str], unexpected: list[str], prefix: Mapping[str, str] | None) -> str:
+    """What to do; where names differ by their beginning, by which."""
+    votes: Counter[str] = Counter()
+    if not prefix:
+        wanted = set(missing)
+        for name in unexpected[:2000]:
+            steps = name.split(".")
+            for i in range(1, len(steps)):
+                if ".".join(steps[i:]) in wanted:
+                    votes[".".join(steps[:i]) + "."] += 1
+                    break
+    if votes:
+        best, count = votes.most_common(1)[0]
+        return f"{count} names would fit with prefix={{{best!r}: ''}}."
+    return "Name what may differ with ignore=[...] (globs), or pass strict=False to load what is on both sides."
