@@ -1,0 +1,81 @@
+"""Weights to start from. Not resuming: the step, the optimizer and the average begin anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from vdiff.checkpoints import LoadReport, find_checkpoint, load_into, read_run_weights, read_weights
+from vdiff.hooks import attached
+from vdiff.registry import did_you_mean
+
+
+class WeightSource:
+    """One entry of ``init:``; several are loaded in order.
+
+    Args:
+        file: A weight file, or a run or checkpoint folder of vdiff.
+        into: Module that gets them, dotted from the engine: ``denoiser.network``; by default the engine.
+        prefix: How names in the file begin and what to put there: ``{"model.diffusion_model.": ""}``.
+        ignore: Globs over names in the module that are left alone.
+        strict: Whether every name must be on both sides.
+        only_adapter: Name of a mixin: its own small file, read into that mixin alone.
+        inside: Key in a torch file under which the weights lie.
+        weights: Of a run or checkpoint folder, ``ema`` or ``raw``.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        into: str = "",
+        prefix: dict[str, str] | None = None,
+        ignore: list[str] | None = None,
+        strict: bool = True,
+        only_adapter: str | None = None,
+        inside: str | None = None,
+        weights: Literal["ema", "raw"] = "ema",
+    ) -> None:
+        if only_adapter is not None and (into or prefix or inside):
+            raise ValueError("init: an adapter's file says where it belongs; leave out into, prefix and inside.")
+        self.file, self.into, self.prefix, self.ignore = Path(file), into, prefix, tuple(ignore or ())
+        self.strict, self.only_adapter, self.inside = strict, only_adapter, inside
+        self.weights: Literal["ema", "raw"] = weights
+
+    def load(self, engine: nn.Module) -> str:
+        """Load it; returns a line for the report.
+
+        Raises:
+            ValueError: no such file, module or mixin, or the weights do not fit; nothing was changed then.
+        """
+        if self.only_adapter is not None:
+            mixins = attached(engine)
+            if self.only_adapter not in mixins:
+                hint = did_you_mean(self.only_adapter, mixins)
+                known = ", ".join(mixins) or "none"
+                raise ValueError(f"init: no mixin is called {self.only_adapter!r}.{hint} Attached: {known}.")
+            mixins[self.only_adapter].load(self.file)
+            return f"{self.only_adapter} from {self.file.name}"
+        return f"{self.file.name}: {self._load_into(engine)}"
+
+    def _load_into(self, engine: nn.Module) -> LoadReport:
+        try:
+            target = engine.get_submodule(self.into)
+        except AttributeError:
+            hint = did_you_mean(self.into, [name for name, _ in engine.named_modules() if name])
+            raise ValueError(f"init: the engine has no module {self.into!r}.{hint}") from None
+        if self.file.is_dir():
+            tensors, _ = read_run_weights(find_checkpoint(self.file), self.weights)
+            begin = f"{self.into}." if self.into else ""
+            tensors = {n.removeprefix(begin): v for n, v in tensors.items() if n.startswith(begin)}
+        else:
+            tensors = read_weights(self.file, self.inside)
+        where = f"init: {self.file} into {self.into or 'the engine'}"
+        return load_into(target, tensors, strict=self.strict, ignore=self.ignore, prefix=self.prefix, where=where)
+
+
+def initialize(engine: nn.Module, sources: Sequence[WeightSource]) -> list[str]:
+    """Load every source in order; one line each for the report."""
+    return [source.load(engine) for source in sources]

@@ -1,0 +1,123 @@
+"""Validation: the same inputs under the same noise, raw and averaged, so that figures differ by the weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vdiff.data import Dataset, Loader
+from vdiff.process import forked, spread
+from vdiff.training.ema import EMA
+from vdiff.training.figures import Means
+
+MoveBatch = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+# Entered anew after every swap of weights: autocast keeps its casts of them until it is left.
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+class Validation:
+    """When and on how much.
+
+    Args:
+        every: Steps between validations; the last step is always validated.
+        num_batches: Of the size of a training step; fewer if the data has fewer.
+        seed: Fixes which examples and which noise, over all steps and runs.
+        num_pictures: Columns of the picture (inputs, noised, denoised, samples); 0 draws none.
+    """
+
+    def __init__(self, every: int = 500, num_batches: int = 4, seed: int = 0, num_pictures: int = 8) -> None:
+        if every < 1 or num_batches < 1 or num_pictures < 0:
+            raise ValueError(
+                f"validation: every and num_batches must be at least 1 and num_pictures at least 0, "
+                f"got {every}, {num_batches} and {num_pictures}."
+            )
+        self.every, self.num_batches, self.seed, self.num_pictures = every, num_batches, seed, num_pictures
+
+    def loader(self, dataset: Dataset, batch_size: int) -> Loader:
+        """Batches for validation; a set smaller than a batch is one batch."""
+        return Loader(dataset, min(batch_size, len(dataset)), seed=self.seed)
+
+    @torch.no_grad()
+    def figures(
+        self,
+        engine: nn.Module,
+        loader: Loader,
+        move: MoveBatch,
+        ema: EMA | None = None,
+        autocast: Autocast = nullcontext,
+    ) -> dict[str, float]:
+        """``validation/loss`` and metrics, and ``validation/ema/...`` if there is an average."""
+        out = self._figures(engine, loader, move, autocast, "validation")
+        if ema is not None:
+            with ema.applied(engine):
+                out |= self._figures(engine, loader, move, autocast, "validation/ema")
+        return out
+
+    def _figures(
+        self, engine: nn.Module, loader: Loader, move: MoveBatch, autocast: Autocast, name: str
+    ) -> dict[str, float]:
+        means = Means()
+        num = min(self.num_batches, len(loader.dataset) // loader.batch_size)
+        with in_eval(engine):
+            for number in range(num):
+                with forked(self.seed, "validation", number), autocast():
+                    values = engine(move(loader.batch(number)))
+                means.add({"loss": values.per_row, **values.metrics})
+        return {f"{name}/{key}": value for key, value in means.read().items()}
+
+    @torch.no_grad()
+    def picture(
+        self, engine: Any, loader: Loader, move: MoveBatch, ema: EMA | None = None, autocast: Autocast = nullcontext
+    ) -> Any:
+        """Inputs, noised, denoised and samples under each other, as a PIL image; None if the data are no pictures.
+
+        The columns go from little noise to much.
+        """
+        from vdiff.evaluation import titled_rows
+
+        batch = move(loader.batch(0))
+        pixels: Any = batch.get(getattr(engine, "input_key", ""))
+        if not self.num_pictures or not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+            return None
+        batch = _rows(batch, len(pixels), self.num_pictures)
+        pixels = batch[engine.input_key]
+        averaged: AbstractContextManager[None] = nullcontext() if ema is None else ema.applied(engine)
+        with averaged, in_eval(engine), forked(self.seed, "picture"), autocast():
+            x0 = engine.first_stage.encode(pixels)
+            cond = engine.conditioner(batch)
+            level, noise = engine.draw(x0, batch)
+            x_t = level.mix(x0, noise)
+            denoised = engine.denoiser(x_t, level, cond).x0
+            samples = engine.sample(cond, tuple(pixels.shape[1:]), num=len(pixels), seeds=self.seed)
+            order = level.ratio.argsort().to(pixels.device)
+            low, high = engine.first_stage.pixel_range
+            size = (level.alpha**2 + level.sigma**2).sqrt()  # without it much noise is just black and white
+            rows = {
+                "inputs": pixels[order],
+                "noised": engine.first_stage.decode(x_t / spread(size, x_t))[order],
+                "denoised": engine.first_stage.decode(denoised)[order],
+                "samples": samples[order],
+            }
+        return titled_rows({title: images.float().cpu() for title, images in rows.items()}, low, high)
+
+
+@contextmanager
+def in_eval(engine: nn.Module) -> Iterator[None]:
+    """The engine in eval mode inside; every module's own mode is back afterwards."""
+    modes = [(module, module.training) for module in engine.modules()]
+    engine.eval()
+    try:
+        yield
+    finally:
+        for module, is_training in modes:
+            module.training = is_training
+
+
+def _rows(batch: Mapping[str, Any], size: int, num: int) -> dict[str, Any]:
+    """The first rows of a batch."""
+    return {k: v[:num] if isinstance(v, Tensor | list) and len(v) == size else v for k, v in batch.items()}
