@@ -61,9 +61,11 @@ def collate(
     _check_fields(rows, names)
     batch: Batch = {field: _gather(field, [row[field] for row in rows], names) for field in rows[0]}
     streams = _streams(batch, len(rows))
-    batch["noise_key"] = torch.tensor([noise_key(keys[g], s) for g, s in zip(places, streams, strict=True)])
-    batch["position"] = torch.tensor([positions[g] for g in places])
-    batch["index"] = torch.tensor([indices[g] for g in places])
+    batch["noise_key"] = torch.tensor(
+        [noise_key(keys[g], s) for g, s in zip(places, streams, strict=True)], device="cpu"
+    )
+    batch["position"] = torch.tensor([positions[g] for g in places], device="cpu")
+    batch["index"] = torch.tensor([indices[g] for g in places], device="cpu")
     return batch | {"global_size": global_size, "seed": seed, "step": step}
 
 
@@ -125,7 +127,7 @@ def _gather(field: str, values: list[Any], names: Sequence[str]) -> Tensor | lis
         return values
     if forms[0] != "tensor":
         dtype = {"boolean": torch.bool, "integer": torch.int64, "float": torch.float32}[forms[0]]
-        return torch.tensor([_number(value) for value in values], dtype=dtype)
+        return torch.tensor([_number(value) for value in values], dtype=dtype, device="cpu")
     tensors = [value if isinstance(value, Tensor) else _tensor(value) for value in values]
     _same(field, "shape", [tuple(t.shape) for t in tensors], names, "Crop, resize or pad in the data set.")
     _same(field, "dtype", [t.dtype for t in tensors], names, "Convert in the data set.")
@@ -157,9 +159,9 @@ def _form(field: str, value: Any, name: str) -> str:
 def _tensor(value: Any) -> Tensor:
     """A copy: arrays mapped from files cannot be written, and torch shares no such memory."""
     if isinstance(value, np.ndarray):
-        return torch.tensor(value)
+        return torch.tensor(value, device="cpu")
     is_whole = all(isinstance(v, int | np.integer) for v in value)
-    return torch.tensor([_number(v) for v in value], dtype=torch.int64 if is_whole else torch.float32)
+    return torch.tensor([_number(v) for v in value], dtype=torch.int64 if is_whole else torch.float32, device="cpu")
 
 
 def _number(value: Any) -> bool | int | float:

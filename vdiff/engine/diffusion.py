@@ -16,7 +16,7 @@ from vdiff.denoisers import Denoiser
 from vdiff.first_stages import FirstStage, IdentityFirstStage
 from vdiff.losses import Loss, LossValues
 from vdiff.mixins import Mixin
-from vdiff.process import Conditioning, NoiseLevel, NoiseSchedule, RowKeys, SigmaSampler
+from vdiff.process import HOST, Conditioning, NoiseLevel, NoiseSchedule, RowKeys, SigmaSampler
 from vdiff.registry import Config, Registered, build, load_config
 from vdiff.samplers import Guider, NoneGuider, Sampler, SamplerStep, gaussian
 
@@ -86,7 +86,7 @@ class DiffusionEngine(Engine, name="diffusion"):
         self.sampler, self.guider = sampler, guider if guider is not None else NoneGuider()
         self.offset_noise, self.sample_shape = offset_noise, sample_shape
         self.weights = "as constructed"
-        hardest = sigma_sampler.quantile(torch.tensor([0.5, 1 - 2**-53], dtype=torch.float64), schedule)
+        hardest = sigma_sampler.quantile(torch.tensor([0.5, 1 - 2**-53], **HOST), schedule)
         denoiser.check(hardest, f"{type(schedule).__name__} with {type(sigma_sampler).__name__}")
         self.mixins = {}
         for name, mixin in (mixins or {}).items():

@@ -103,7 +103,7 @@ def _masked_mean(error: Tensor, mask: Tensor) -> Tensor:
 def by_bucket(per_row: Tensor, level: NoiseLevel) -> dict[str, Tensor]:
     """The loss split by noise level: one entry per bucket of sigma / alpha, NaN for rows elsewhere."""
     ratio = level.ratio if level.t.ndim == 1 else level.ratio.mean(1)
-    bucket = torch.bucketize(ratio.detach(), torch.tensor(BUCKETS, device=ratio.device))
+    bucket = sum((ratio.detach() > edge).long() for edge in BUCKETS)
     value = per_row.detach()
     nan = torch.full_like(value, float("nan"))
     edges = ("0", *(f"{edge:g}" for edge in BUCKETS), "inf")

@@ -84,7 +84,7 @@ class Sampler(Registered, kind="sampler"):
         """
         stages = list(self.plan(Node.of(self.levels(schedule)), schedule))
         nodes = [stage.node for stage in stages]
-        asked = Node.level(nodes)
+        asked = NoiseLevel(*Node.table(nodes).unbind(1))
         denoiser.check(asked, type(self).__name__)
         p, q = denoiser.language.reading(asked)
         guided = Guided(denoiser, guider or NoneGuider(), nodes, cond or Conditioning(), like)

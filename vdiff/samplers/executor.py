@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vdiff.process import Parameterization, Prediction
+from vdiff.process import HOST, Parameterization, Prediction
 from vdiff.samplers.guiders import Guided
 from vdiff.samplers.noise import Drawn, Increments
 from vdiff.samplers.plan import Stage
@@ -20,8 +21,22 @@ from vdiff.samplers.plan import Stage
 # Names and coefficients of a linear combination. The first is a 0-d tensor on the host, which multiplies at half
 # the cost of a Python float; the others are floats. Under torch.compile all are 0-d tensors on the device.
 Combination = list[tuple[str, float | Tensor]]
-# What the network sees (None: the state), how its answer becomes x0 (None: it is), the next state, what is stored.
-Terms = tuple[Combination | None, Combination | None, Combination, Mapping[str, str]]
+
+
+class Terms(NamedTuple):
+    """A stage as the executor runs it.
+
+    Attributes:
+        ask: What the network sees; None: the state.
+        read: How its answer becomes x0; None: it is.
+        update: The next state.
+        store: What is stored.
+    """
+
+    ask: Combination | None
+    read: Combination | None
+    update: Combination
+    store: Mapping[str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +80,8 @@ class Run:
         self.ask = ask
         self.language = language
         self.increments = increments
-        self._terms: list[Terms] = [
-            (
+        self._terms = [
+            Terms(
                 None if dict(stage.ask) == {"x": 1.0} else _terms(stage.ask),
                 None if language.name == "x0" else _terms({"x": p, "value": q}),
                 _terms(stage.update),
@@ -74,8 +89,8 @@ class Run:
             )
             for stage, (p, q) in zip(self.stages, readings, strict=True)
         ]
-        flat = [float(c) for row in self._terms for terms in row[:3] if terms is not None for _, c in terms]
-        self._table = torch.tensor(flat, dtype=ask.dtype).to(ask.device, non_blocking=True)
+        flat = [float(c) for t in self._terms for terms in (t.ask, t.read, t.update) for _, c in terms or ()]
+        self._table = torch.tensor(flat, dtype=ask.dtype, device="cpu").to(ask.device, non_blocking=True)
 
     @property
     def num_steps(self) -> int:
@@ -84,8 +99,10 @@ class Run:
     def draw_ahead(self) -> Run:
         """Draw all fresh noise now, so that the walk can be compiled or captured whole; returns itself."""
         if self.increments is not None:
-            numbers = (2 * i + part for i, row in enumerate(self._terms) for part in (0, 1) if _is_noisy(row[2 * part]))
-            self.increments = Drawn({number: self.increments(number) for number in numbers})
+            used = [
+                n for i, t in enumerate(self._terms) for n, c in ((2 * i, t.ask), (2 * i + 1, t.update)) if _is_noisy(c)
+            ]
+            self.increments = Drawn({number: self.increments(number) for number in used})
         return self
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -127,10 +144,13 @@ class Run:
             return self._terms
         values = iter(self._table.unbind())
 
-        def on_device(combination: Combination | None) -> Combination | None:
-            return None if combination is None else [(name, next(values)) for name, _ in combination]
+        def on_device(combination: Combination) -> Combination:
+            return [(name, next(values)) for name, _ in combination]
 
-        return [(on_device(ask), on_device(read), on_device(update), store) for ask, read, update, store in self._terms]
+        return [
+            Terms(t.ask and on_device(t.ask), t.read and on_device(t.read), on_device(t.update), t.store)
+            for t in self._terms
+        ]
 
 
 def combine(
@@ -151,7 +171,7 @@ def combine(
 
 def _terms(combination: Mapping[str, float]) -> Combination:
     (name, first), *others = combination.items()
-    return [(name, torch.tensor(first, dtype=torch.float64)), *((n, float(c)) for n, c in others)]
+    return [(name, torch.tensor(first, **HOST)), *((n, float(c)) for n, c in others)]
 
 
 def _is_noisy(combination: Combination | None) -> bool:

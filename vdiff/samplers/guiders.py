@@ -146,7 +146,9 @@ class Guided:
         flat = [[w] * self.rows if isinstance(w, int | float) else list(w) for _, _, w in wanted] if per_row else None
         out: list[dict[str, Tensor]] = [{} for _ in guidance]
         if wanted:
-            table = torch.tensor(flat if flat is not None else [w for _, _, w in wanted], dtype=self.dtype)
+            table = torch.tensor(
+                flat if flat is not None else [w for _, _, w in wanted], dtype=self.dtype, device="cpu"
+            )
             for (i, branch, _), row in zip(wanted, table.to(self.device, non_blocking=True).unbind(), strict=True):
                 out[i][branch] = row
         return out
@@ -155,6 +157,5 @@ class Guided:
 def _levels(nodes: Sequence[Node], rows: int, like: Tensor) -> list[NoiseLevel]:
     """The levels on the device, one upload, each as wide as the batch; at least float32."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    table = torch.tensor([[n.t, n.alpha, n.sigma, n.d_alpha, n.d_sigma] for n in nodes], dtype=dtype)
-    wide = table.to(like.device, non_blocking=True)[..., None].expand(-1, -1, rows)
-    return [NoiseLevel(*row.unbind()) for row in wide.unbind()]
+    table = Node.table(nodes).to(dtype).to(like.device, non_blocking=True)
+    return [NoiseLevel(*row.unbind()) for row in table[..., None].expand(-1, -1, rows).unbind()]

@@ -20,7 +20,8 @@ Increments = Callable[[int], Tensor]
 
 def gaussian(seeds: Sequence[int], shape: Sequence[int], *purpose: int | str) -> Tensor:
     """Standard Gaussian noise, one row per seed, float32 on the host, shape ``(len(seeds), *shape)``."""
-    return torch.stack([torch.randn(tuple(shape), generator=generator("sample", s, *purpose)) for s in seeds])
+    rows = [torch.randn(tuple(shape), generator=generator("sample", s, *purpose), device="cpu") for s in seeds]
+    return torch.stack(rows)
 
 
 class Drawn:

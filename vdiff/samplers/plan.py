@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from vdiff.process import NoiseLevel
+from vdiff.process import HOST, NoiseLevel
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,9 @@ class Node:
         return [Node(*row) for row in zip(*columns, strict=True)]
 
     @staticmethod
-    def level(nodes: Sequence[Node], dtype: torch.dtype = torch.float64) -> NoiseLevel:
-        """Nodes as one level on the host, shape ``(N,)``."""
-        table = torch.tensor([[n.t, n.alpha, n.sigma, n.d_alpha, n.d_sigma] for n in nodes], dtype=dtype)
-        return NoiseLevel(*table.unbind(1))
+    def table(nodes: Sequence[Node]) -> Tensor:
+        """Nodes as the rows of a tensor on the host, ``(N, 5)``, float64."""
+        return torch.tensor([[n.t, n.alpha, n.sigma, n.d_alpha, n.d_sigma] for n in nodes], **HOST)
 
 
 @dataclass(frozen=True)
