@@ -1,5 +1,5 @@
 """The command line: ``vdiff train | sample | evaluate | list | describe | inspect | doctor``."""
 
-from vdiff.cli.main import main
+from vdiff.cli.entry import main
 
 __all__ = ["main"]

@@ -1,0 +1,155 @@
+"""The command line: instant help, errors without tracebacks, and the whole way from a config to figures."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from vdiff.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+SMALL = [
+    "engine.denoiser.network.channels=16",
+    "engine.denoiser.network.norm_groups=8",
+    "engine.sampler.num_steps=2",
+    "training.num_steps=3",
+    "training.batch_size=8",
+    "training.checkpoint.every=2",
+    "training.validation.every=3",
+    "training.lr_schedule.warmup=1",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    assert main(["train", str(ROOT / "configs" / "digits_edm.yaml"), *SMALL, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_help_is_instant_and_imports_no_torch():
+    code = "import sys, vdiff.cli.entry as m; m.parser().format_help(); assert 'torch' not in sys.modules"
+    best = min(_time([sys.executable, "-c", code]) - _time([sys.executable, "-c", "pass"]) for _ in range(5))
+    assert best < 0.3
+
+
+def _time(command):
+    began = time.perf_counter()
+    subprocess.run(command, check=True, cwd=ROOT)
+    return time.perf_counter() - began
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "list", "describe", "inspect", "doctor"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and "usage: vdiff" in capsys.readouterr().out
+
+
+def test_a_run_leaves_everything_needed_to_repeat_it(run):
+    assert {"config.yaml", "log.jsonl", "report.txt", "checkpoints"} <= {p.name for p in run.iterdir()}
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_sample_draws_a_picture(run, capsys):
+    assert main(["sample", str(run), "--num", "4", "--label", "3", "--guidance", "2", "--solver", "euler", "--steps", "2",
+                 "--out", str(run / "grid.png")]) == 0  # fmt: skip
+    assert Image.open(run / "grid.png").size[0] > 8
+    assert "4 samples with the ema weights of step-00000003" in capsys.readouterr().out
+
+
+def test_samples_do_not_depend_on_the_batch_size(run):
+    from safetensors.torch import load_file
+
+    files = [run / f"{i}.safetensors" for i in range(2)]
+    for file, size in zip(files, (5, 2), strict=True):
+        assert main(["sample", str(run), "--num", "5", "--batch-size", str(size), "--out", str(file)]) == 0
+    a, b = (load_file(f)["samples"] for f in files)
+    assert (a - b).abs().max() < 2e-4  # kernels round by batch size, and two steps from sigma 80 magnify it
+    assert load_file(files[0])["labels"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_evaluate_writes_figures(run, capsys):
+    assert main(["evaluate", str(run), "--num", "80"]) == 0
+    figures = json.loads((run / "evaluation.json").read_text())
+    assert figures["num_samples"] == 80 and 0 <= figures["classifier_accuracy"] <= 1
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_the_same_command_continues_and_a_changed_one_is_refused(run, capsys):
+    config = str(ROOT / "configs" / "digits_edm.yaml")
+    assert main(["train", config, *SMALL, "--out", str(run)]) == 0
+    assert main(["train", config, *SMALL, "engine.denoiser.sigma_data=0.5", "--out", str(run)]) == 2
+    assert "engine.denoiser.sigma_data: 0.75 there, 0.5 now" in capsys.readouterr().err
+
+
+def test_inspect_reads_runs_and_files(run, capsys):
+    assert main(["inspect", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "step 3: valid" in out and "denoiser: EDMDenoiser" in out
+    assert main(["inspect", str(run / "checkpoints" / "step-00000003" / "ema.safetensors")]) == 0
+    assert "float32" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_named(run, capsys, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    file = copy / "checkpoints" / "step-00000003" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    main(["inspect", str(copy)])
+    assert "step 3: " in capsys.readouterr().out.replace("step 3: valid", "")
+    assert main(["sample", str(copy), "--num", "1", "--out", str(tmp_path / "x.png")]) == 0
+    assert "step-00000002" in capsys.readouterr().out
+    assert main(["sample", str(copy), "--step", "3", "--num", "1"]) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["describe", "sampler/hein"], "Did you mean 'heun'?"),
+        (["describe", "samplr/heun"], "Did you mean 'sampler'?"),
+        (["list", "nonsense"], "no kind is called"),
+        (["sample", "no/such/run"], "no/such/run"),
+        (["inspect", "no/such/file.safetensors"], "no/such/file.safetensors"),
+        (["train", "no/such/config.yaml"], "cannot read this config"),
+        (["train", "engine.x=1"], "no run file given"),
+    ],
+)
+def test_a_users_error_is_one_line_and_no_traceback(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_list_and_describe_know_every_entry(capsys):
+    from vdiff.registry import entries, kinds
+
+    assert main(["list"]) == 0
+    for kind in kinds():
+        assert main(["list", kind]) == 0
+        for name in entries(kind):
+            assert main(["describe", f"{kind}/{name}"]) == 0
+    assert "no text" not in capsys.readouterr().out
+
+
+def test_imports_need_leave(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("imports: [os]\n")
+    assert main(["train", str(tmp_path / "run.yaml")]) == 2
+    assert "--allow-imports" in capsys.readouterr().err
+
+
+def test_doctor_says_what_is_here(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in out and "sdpa" in out and "scikit-learn" in out
