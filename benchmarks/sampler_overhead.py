@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vdiff.denoisers import Denoiser
-from vdiff.process import EDMSchedule, KarrasDiscretizer, Prediction, ScaledLinearSchedule, X0Parameterization
+from vdiff.process import EDMSchedule, KarrasDiscretizer, Prediction, X0Parameterization
 from vdiff.samplers import DDIMSampler, DPMpp2MSampler, EulerAncestralSampler, EulerSampler, HeunSampler
 
 SHAPE = (1, 4, 8, 8)
@@ -183,7 +183,8 @@ def report(steps, repeats):
             lines.append(f"| {solver} | {name} | {ops:.1f} | {reads:.1f} | {median[name]:.1f} | {ratio} |")
     lines += [
         "",
-        f"A whole 2M walk under `torch.compile(fullgraph=True)`, three runs, two schedules: {compiled_graphs(10)} graph(s).",
+        "A whole 2M walk under `torch.compile(fullgraph=True)`, three runs, two schedules: "
+        f"{compiled_graphs(10)} graph(s).",
     ]
     return "\n".join(lines) + "\n"
 

@@ -58,8 +58,8 @@ def test_a_run_leaves_everything_needed_to_repeat_it(run):
 
 
 def test_sample_draws_a_picture(run, capsys):
-    assert main(["sample", str(run), "--num", "4", "--label", "3", "--guidance", "2", "--solver", "euler", "--steps", "2",
-                 "--out", str(run / "grid.png")]) == 0  # fmt: skip
+    options = "--num 4 --label 3 --guidance 2 --solver euler --steps 2".split()
+    assert main(["sample", str(run), *options, "--out", str(run / "grid.png")]) == 0
     assert Image.open(run / "grid.png").size[0] > 8
     assert "4 samples with the ema weights of step-00000003" in capsys.readouterr().out
 

@@ -176,9 +176,14 @@ def test_agrees_with_diffusers_ddim_on_a_table(prediction_type):
     from vdiff.process import ScaledLinearSchedule
 
     theirs = diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing", clip_sample=False,
-        set_alpha_to_one=True, prediction_type=prediction_type,
-    )  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        prediction_type=prediction_type,
+    )
     theirs.set_timesteps(10)
     oracle, schedule = one_gaussian(), ScaledLinearSchedule()
     sampler = DDIMSampler(num_steps=10)

@@ -17,7 +17,7 @@ from vdiff.evaluation import evaluate as measure
 from vdiff.process import ExplicitDiscretizer
 from vdiff.registry import build, entries, load_config
 from vdiff.samplers import CFGGuider, Sampler
-from vdiff.training.loop import choose_device
+from vdiff.training import choose_device
 
 
 def sample(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from vdiff.registry import load_config
-from vdiff.training import Interrupted
+from vdiff.training import EXIT_CODE, Interrupted
 from vdiff.training import train as train_run
 
 
@@ -20,7 +20,7 @@ def train(arguments: argparse.Namespace) -> int:
     try:
         result = train_run(config, out)
     except Interrupted as stop:
-        print(f"{out}: {stop}. The same command goes on from there.")
-        return stop.exit_code
+        print(f"{out}: told to stop, saved after step {stop.step}. The same command goes on from there.")
+        return EXIT_CODE
     print(f"{out}: trained {result.step} steps. Next: vdiff sample {out}")
     return 0

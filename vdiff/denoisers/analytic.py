@@ -64,10 +64,10 @@ class GaussianMixtureDenoiser(Denoiser):
     def __init__(self, means: Tensor, stds: Tensor, weights: Tensor | None = None, axes: Tensor | None = None) -> None:
         super().__init__()
         means = torch.as_tensor(means, dtype=torch.float64)
-        weights = torch.ones(len(means), dtype=torch.float64) if weights is None else torch.as_tensor(weights)
+        shares = means.new_ones(len(means)) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
         self.register_buffer("means", means)
         self.register_buffer("variances", torch.as_tensor(stds, dtype=torch.float64) ** 2)
-        self.register_buffer("log_weights", (weights / weights.sum()).double().log())
+        self.register_buffer("log_weights", (shares / shares.sum()).log())
         self.register_buffer("axes", axes)
 
     def forward(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning | None = None) -> Prediction:

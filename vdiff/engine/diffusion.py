@@ -234,5 +234,5 @@ class DiffusionEngine(Engine, name="diffusion"):
         """
         # A hook on the compiled module itself would otherwise be a graph of its own.
         torch._dynamo.config.wrap_top_frame = True
-        network = getattr(self.denoiser, "network", self.denoiser)
-        network.compile(**options)
+        network: nn.Module = getattr(self.denoiser, "network", self.denoiser)  # type: ignore[assignment]
+        nn.Module.compile(network, **options)

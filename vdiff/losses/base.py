@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vdiff.losses.weightings import UnitWeighting, Weighting
-from vdiff.process import NoiseLevel, Parameterization, Prediction, parameterization, spread
+from vdiff.process import NoiseLevel, Parameterization, Prediction, spread
+from vdiff.process import parameterization as language_named
 from vdiff.registry import Registered
 
 # Edges of the buckets that losses are reported in, as sigma / alpha.
@@ -57,7 +58,7 @@ class PointwiseLoss(Loss, abstract=True):
         weighting: Weighting | None = None,
         mask: str | None = None,
     ) -> None:
-        self.language = None if parameterization is None else _language(parameterization)
+        self.language = None if parameterization is None else language_named(parameterization)
         self.weighting = UnitWeighting() if weighting is None else weighting
         self.mask = mask
 
@@ -69,35 +70,30 @@ class PointwiseLoss(Loss, abstract=True):
         said = said.to(torch.promote_types(said.dtype, torch.float32))
         error = self.pointwise(said - language.value(x0.to(said.dtype), noise.to(said.dtype), level))
         error = error * spread(self.weighting(level, language).to(error.dtype), error)
-        per_row = error.flatten(1).mean(1) if self.mask is None else _masked_mean(error, self._mask(batch, error))
-        return LossValues(per_row.float(), by_bucket(per_row.float(), level))
+        per_row = self._mean(error, batch).float()
+        return LossValues(per_row, by_bucket(per_row, level))
 
     @abstractmethod
     def pointwise(self, difference: Tensor) -> Tensor:
         """The error at every point."""
 
-    def _mask(self, batch: Mapping[str, Any], error: Tensor) -> Tensor:
-        if self.mask not in batch:
-            raise KeyError(
-                f"{type(self).__name__}: the batch has no field {self.mask!r} (mask). It has: {', '.join(batch)}."
-            )
-        mask = batch[self.mask].to(error)
+    def _mean(self, error: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        if self.mask is None:
+            return error.flatten(1).mean(1)
+        mask = self._mask(self.mask, batch, error)
+        return (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1e-8)
+
+    def _mask(self, name: str, batch: Mapping[str, Any], error: Tensor) -> Tensor:
+        who = f"{type(self).__name__}: mask {name!r}"
+        if name not in batch:
+            raise KeyError(f"{who}: the batch has no field {name!r}. It has: {', '.join(batch)}.")
+        mask = batch[name].to(error)
         mask = mask[(...,) + (None,) * (error.ndim - mask.ndim)]
         try:
             return mask.expand_as(error)
         except RuntimeError as cause:
-            raise ValueError(
-                f"{type(self).__name__}: mask {self.mask!r} of shape {tuple(mask.shape)} does not fit x0 of shape "
-                f"{tuple(error.shape)}."
-            ) from cause
-
-
-def _language(name: str | Parameterization) -> Parameterization:
-    return parameterization(name)
-
-
-def _masked_mean(error: Tensor, mask: Tensor) -> Tensor:
-    return (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1e-8)
+            shapes = f"shape {tuple(mask.shape)} does not fit x0 of shape {tuple(error.shape)}"
+            raise ValueError(f"{who} of {shapes}.") from cause
 
 
 def by_bucket(per_row: Tensor, level: NoiseLevel) -> dict[str, Tensor]:

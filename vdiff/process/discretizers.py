@@ -56,9 +56,6 @@ class _RatioDiscretizer(Discretizer, abstract=True):
         low, high = self._ends(schedule)
         ramp = torch.linspace(0, 1, num, **HOST)
         ratios = self.nodes(ramp, low, high)
-        ratios[0] = high
-        if num > 1:
-            ratios[-1] = low
         return schedule.at_ratio(_end_with_data(ratios) if self.denoise else ratios)
 
     def _ends(self, schedule: NoiseSchedule) -> tuple[float, float]:

@@ -32,18 +32,18 @@ class NoiseSchedule(Registered, kind="schedule"):
 
     def __call__(self, t: Tensor | float) -> NoiseLevel:
         """The level at time ``t`` in [0, 1], any shape; in the dtype of ``t`` (Python numbers: float64)."""
-        t = t if isinstance(t, Tensor) else torch.tensor(t, **HOST)
-        values = self.at(t.double())
-        return NoiseLevel(t, *(v.to(t.dtype) for v in values))
+        time = t if isinstance(t, Tensor) else torch.tensor(t, **HOST)
+        values = self.at(time.double())
+        return NoiseLevel(time, *(v.to(time.dtype) for v in values))
 
     def at_ratio(self, ratio: Tensor | float) -> NoiseLevel:
         """The level whose ``sigma / alpha`` is ``ratio``, from 0 (data) to infinity (pure noise).
 
         Beyond the last row of a table: the last row.
         """
-        ratio = ratio if isinstance(ratio, Tensor) else torch.tensor(ratio, **HOST)
-        t = self.time_at_ratio(ratio.double())
-        return NoiseLevel(t.to(ratio.dtype), *(v.to(ratio.dtype) for v in self.at(t)))
+        wanted = ratio if isinstance(ratio, Tensor) else torch.tensor(ratio, **HOST)
+        t = self.time_at_ratio(wanted.double())
+        return NoiseLevel(t.to(wanted.dtype), *(v.to(wanted.dtype) for v in self.at(t)))
 
     @abstractmethod
     def at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -146,7 +146,7 @@ class TabulatedSchedule(NoiseSchedule):
         else:
             table = torch.as_tensor(alphas_cumprod, **HOST)
         falls = table.ndim == 1 and len(table) > 0 and (table.diff(prepend=table.new_ones(1)) < 0).all()
-        if not falls or not (table >= 0).all():
+        if not falls or table[-1] < 0:
             raise ValueError(
                 "TabulatedSchedule: alphas_cumprod must fall from below 1 to at least 0, betas lie in (0, 1]."
             )

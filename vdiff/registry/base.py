@@ -24,7 +24,7 @@ from abc import ABCMeta
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Where a kind lives. The first look-up of a kind imports its room; a plugin's own kinds need no row.
 ROOMS = {
@@ -178,6 +178,17 @@ def _default_name(class_name: str, kind: str) -> str:
 
 class Registered(metaclass=RegistryMeta):
     """Base of every contract; see the module's text."""
+
+    if TYPE_CHECKING:
+
+        def __init_subclass__(
+            cls,
+            *,
+            kind: str | None = None,
+            name: str | None = None,
+            aliases: tuple[str, ...] = (),
+            abstract: bool = False,
+        ) -> None: ...
 
 
 def register(kind: str, name: str, aliases: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:

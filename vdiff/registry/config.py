@@ -176,7 +176,7 @@ def _merge(tree: dict[str, Any], over: dict[str, Any]) -> None:
             tree[key] = old
             _merge(old, value)
         else:
-            tree[key] = plain(value)
+            tree[key] = value
 
 
 def _override(tree: dict[str, Any], origins: Origins, override: str) -> None:

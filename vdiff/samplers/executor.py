@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vdiff.process import HOST, Parameterization, Prediction
+from vdiff.process import Parameterization, Prediction
 from vdiff.samplers.guiders import Guided
 from vdiff.samplers.noise import Drawn, Increments
 from vdiff.samplers.plan import Stage
@@ -82,9 +82,9 @@ class Run:
         self.increments = increments
         self._terms = [
             Terms(
-                None if dict(stage.ask) == {"x": 1.0} else _terms(stage.ask),
-                None if language.name == "x0" else _terms({"x": p, "value": q}),
-                _terms(stage.update),
+                None if dict(stage.ask) == {"x": 1.0} else _terms(stage.ask, ask.dtype),
+                None if language.name == "x0" else _terms({"x": p, "value": q}, ask.dtype),
+                _terms(stage.update, ask.dtype),
                 stage.store,
             )
             for stage, (p, q) in zip(self.stages, readings, strict=True)
@@ -169,9 +169,9 @@ def combine(
     return total  # type: ignore[return-value]
 
 
-def _terms(combination: Mapping[str, float]) -> Combination:
+def _terms(combination: Mapping[str, float], dtype: torch.dtype) -> Combination:
     (name, first), *others = combination.items()
-    return [(name, torch.tensor(first, **HOST)), *((n, float(c)) for n, c in others)]
+    return [(name, torch.tensor(first, dtype=dtype, device="cpu")), *((n, float(c)) for n, c in others)]
 
 
 def _is_noisy(combination: Combination | None) -> bool:

@@ -7,7 +7,7 @@ from vdiff.training.groups import Selection, TrainGroup, select
 from vdiff.training.guard import NonFiniteError
 from vdiff.training.init import WeightSource
 from vdiff.training.loggers import JsonlLogger, Logger, Logging, ProgressLogger, TensorboardLogger, read_log
-from vdiff.training.loop import RunLockedError, Trainer
+from vdiff.training.loop import RunLockedError, Trainer, choose_device
 from vdiff.training.lr_schedules import (
     ConstantLRSchedule,
     CosineLRSchedule,
@@ -49,6 +49,7 @@ __all__ = [
     "Training",
     "Validation",
     "WeightSource",
+    "choose_device",
     "read_log",
     "select",
     "start_report",
