@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vdiff.cli.entry import parser
+from vdiff.cli.entry import parse
 from vdiff.registry import ConfigError, isolated
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ def typo_check(config, names):
 def test_the_commands_are_commands():
     lines = [line for block in snippets("bash") for line in block.splitlines()]
     commands = [part.strip() for line in lines for part in line.split("&&") if "vdiff " in part]
-    parsed = [parser().parse_args(c.split("vdiff ", 1)[1].split()) for c in commands if not c.startswith("make")]
+    parsed = [parse(c.split("vdiff ", 1)[1].split()) for c in commands if not c.startswith("make")]
     assert {"train", "sample", "evaluate", "list", "describe", "inspect", "doctor"} <= {p.command for p in parsed}
     targets = re.findall(r"^make (\w+)", README, re.M)
     makefile = (ROOT / "Makefile").read_text()

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from vdiff.cli import main
+from vdiff.cli.entry import parse
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,6 +131,15 @@ def test_a_users_error_is_one_line_and_no_traceback(arguments, message, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_overrides_may_stand_after_the_options():
+    arguments = parse(["train", "a.yaml", "x=1", "--out", "there", "y.z=2"])
+    assert arguments.config == ["a.yaml", "x=1", "y.z=2"] and arguments.out == "there"
+    for wrong in (["train", "a.yaml", "--ot", "x"], ["list", "sampler", "x=1"]):
+        with pytest.raises(SystemExit) as stop:
+            parse(wrong)
+        assert stop.value.code == 2
 
 
 def test_list_and_describe_know_every_entry(capsys):

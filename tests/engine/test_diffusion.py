@@ -241,3 +241,17 @@ def test_compiled_with_a_reference_there_are_two_graphs(loader):
             assert torch.allclose(got, want, rtol=1e-5)
         got.mean().backward()
     assert counter.frame_count == 2
+
+
+@pytest.mark.slow
+def test_a_compiled_engine_trains_and_samples_like_an_eager_one(loader):
+    """With torch's own compiler, which needs a C++ compiler on the machine."""
+    torch._dynamo.reset()
+    engine, batch = make(), loader.batch(0)
+    want, samples = engine(batch).per_row, engine.sample({"label": [1, 2]})
+    engine.compile()
+    got = engine(batch).per_row
+    got.mean().backward()
+    assert torch.allclose(got, want, rtol=1e-3)
+    assert all(torch.isfinite(p.grad).all() for p in engine.parameters())
+    assert (engine.sample({"label": [1, 2]}) - samples).abs().max() < 1e-3 * samples.abs().max()

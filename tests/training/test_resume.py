@@ -1,7 +1,6 @@
 """A run that is interrupted anywhere ends where the uninterrupted one ends."""
 
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -140,38 +139,6 @@ def test_a_signal_saves_at_the_step_boundary_and_exits_with_75(toy, whole, tmp_p
     engine, trainer = toy.engine(1), toy.trainer()
     trainer.fit(engine, toy.Points(), tmp_path)
     assert toy.fingerprint(engine, trainer) == whole[1]
-
-
-def child_run(toy, run, num_steps):
-    """Train in a copy of this process; the fingerprint of a finished run is left beside it."""
-    child = os.fork()
-    if child == 0:
-        engine, trainer = toy.engine(), toy.trainer(num_steps, checkpoint=Checkpointing(every=5, keep=2))
-        trainer.fit(engine, toy.Points(), run)
-        run.with_suffix(".done").write_text(toy.fingerprint(engine, trainer))
-        os._exit(0)
-    return child
-
-
-def test_ten_sigkills_at_random_moments_change_nothing(toy, tmp_path):
-    num_steps, chance = 300, random.Random(0)
-    began = time.monotonic()
-    os.waitpid(child_run(toy, tmp_path / "whole", num_steps), 0)
-    duration = time.monotonic() - began
-    num_kills = 0
-    for _ in range(60):
-        child = child_run(toy, tmp_path / "killed", num_steps)
-        if num_kills < 10:
-            time.sleep(chance.uniform(0, 0.3 * duration))
-            os.kill(child, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        num_kills += status == -signal.SIGKILL
-        if status == 0 and num_kills < 10:  # it was quicker than the kill; its run begins anew
-            shutil.rmtree(tmp_path / "killed")
-        elif status == 0:
-            break
-    assert status == 0 and num_kills == 10
-    assert (tmp_path / "killed.done").read_text() == (tmp_path / "whole.done").read_text()
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ EXIT_USER_ERROR = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for a user's error, 75 for a run that was told to stop and saved."""
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     if arguments.traceback:
         return _run(arguments)
     try:
@@ -39,6 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     module, function = arguments.run
     return getattr(importlib.import_module(f"vdiff.cli.{module}"), function)(arguments) or 0
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments; ``key=value`` overrides may stand before or after the options."""
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(overrides) != len(rest) or (rest and arguments.command != "train"):
+        top.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in overrides) or ' '.join(rest)}")
+    if overrides:
+        arguments.config += overrides
+    return arguments
 
 
 def parser() -> argparse.ArgumentParser:
