@@ -1,11 +1,11 @@
-# make demo: train the digits model and look at what it draws. make test: all tests.
+# make demo: train the digits model and look at what it draws. make test: the tests.
 # Both set up everything they need in .venv on the first run.
 
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := outputs/digits_edm
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-slow lint bench clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,7 +20,10 @@ demo: .venv/.ready
 	@echo "Look at $(RUN)/samples.png"
 
 test: .venv/.ready
-	VDIFF_REQUIRE_PEERS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+	VDIFF_REQUIRE_PEERS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
+
+test-slow: .venv/.ready
+	VDIFF_REQUIRE_PEERS=1 $(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: .venv/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

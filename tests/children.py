@@ -7,8 +7,6 @@ ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
 PRELOADED = ["torch", "sklearn.datasets", "rich.progress", "children", "vdiff.training", "vdiff.engine"]
 SERVER.set_forkserver_preload(PRELOADED)
-    ["torch", "sklearn.datasets", "rich.progress", "children", "vdiff.training", "vdiff.engine"]
-)
 
 
 def start(function, *arguments):
