@@ -47,7 +47,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments, rest = top.parse_known_args(argv)
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     if len(overrides) != len(rest) or (rest and arguments.command != "train"):
-        top.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in overrides) or ' '.join(rest)}")
+        top.error(
+            f"unrecognized arguments: {' '.join(word for word in rest if word not in overrides) or ' '.join(rest)}"
+        )
     if overrides:
         arguments.config += overrides
     return arguments

@@ -23,7 +23,7 @@ from vdiff.process.parameterizations import (
     parameterization,
 )
 from vdiff.process.prediction import Prediction
-from vdiff.process.randomness import RowKeys, derive, forked, generator
+from vdiff.process.randomness import RowKeys, derive, forked, generator, normal, stream
 from vdiff.process.schedules import (
     CosineSchedule,
     EDMSchedule,
@@ -80,7 +80,9 @@ __all__ = [
     "ZeroSNRSchedule",
     "derive",
     "forked",
+    "normal",
     "generator",
     "parameterization",
     "spread",
+    "stream",
 ]

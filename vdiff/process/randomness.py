@@ -1,8 +1,8 @@
 """Keyed randomness: every number drawn depends on who asks, never on who asked before.
 
-A draw is named by words (the seed, a purpose, a step, a row's key). The words are hashed to the
-seed of a generator of its own, on the host, so that the same row gets the same numbers on every
-device, in every batch, after every restart and on any number of processes.
+A draw is named by words (the seed, a purpose, a step, a row's key). The words are hashed to the key
+of a counter-based stream of its own (Philox, Salmon et al. 2011), on the host, so that the same row gets
+the same numbers on every device, in every batch, after every restart and on any number of processes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +23,22 @@ from vdiff.process.level import HOST
 
 def derive(*words: int | str) -> int:
     """A 63-bit seed from words; any change in any word gives an unrelated one. 3 and "3" are two words."""
+    return int.from_bytes(_digest(words, 8), "big") >> 1
+
+
+def stream(*words: int | str) -> np.random.Generator:
+    """The stream of the draw named by ``words``, with a 128-bit key: no two draws of a run share one."""
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(_digest(words, 16), dtype="<u8")))
+
+
+def normal(shape: Sequence[int], *words: int | str) -> Tensor:
+    """Standard Gaussian numbers for the draw named by ``words``, float32 on the host."""
+    return torch.from_numpy(np.asarray(stream(*words).standard_normal(tuple(shape), dtype=np.float32)))
+
+
+def _digest(words: Sequence[int | str], size: int) -> bytes:
     text = "\x1f".join(_word(word) for word in words)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 
 def _word(word: int | str) -> str:
@@ -33,7 +48,7 @@ def _word(word: int | str) -> str:
 
 
 def generator(*words: int | str) -> torch.Generator:
-    """A generator on the host for the draw named by ``words``."""
+    """A torch generator on the host, for torch's own functions. It keeps 32 bits of its seed; see :func:`stream`."""
     return torch.Generator().manual_seed(derive(*words))
 
 
@@ -93,12 +108,12 @@ class RowKeys:
 
     def uniform(self, purpose: str) -> Tensor:
         """One number in (0, 1) per row, float64, shape ``(B,)``."""
-        draws = self._draw(purpose, lambda g: torch.rand((), generator=g, **HOST))
+        draws = self._draw(purpose, lambda *words: torch.tensor(stream(*words).random(), **HOST))
         return draws.clamp(2**-54, 1 - 2**-53)
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """Standard Gaussian numbers, float32, shape ``(B, *shape)``."""
-        return self._draw(purpose, lambda g: torch.randn(tuple(shape), generator=g, device="cpu"))
+        return self._draw(purpose, lambda *words: normal(shape, *words))
 
     def stratum(self, purpose: str) -> Tensor:
         """A number of 0 ... ``global_size`` - 1 per row, shape ``(B,)``, all different over the global batch.
@@ -113,15 +128,15 @@ class RowKeys:
             group = groups.setdefault(position, [])
             if key not in group:
                 group.append(key)
-            stream = group.index(key)
-            if stream not in orders:
-                random = generator(self.seed, self.step, purpose, stream)
-                orders[stream] = torch.randperm(self.global_size, generator=random, device="cpu")
-            drawn.append(orders[stream][position])
+            place = group.index(key)
+            if place not in orders:
+                random = stream(self.seed, self.step, purpose, place)
+                orders[place] = torch.from_numpy(random.permutation(self.global_size))
+            drawn.append(orders[place][position])
         return torch.stack(drawn)
 
-    def _draw(self, purpose: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
-        drawn = {key: draw(generator(self.seed, self.step, purpose, key)) for key in dict.fromkeys(self.keys)}
+    def _draw(self, purpose: str, draw: Callable[..., Tensor]) -> Tensor:
+        drawn = {key: draw(self.seed, self.step, purpose, key) for key in dict.fromkeys(self.keys)}
         return torch.stack([drawn[key] for key in self.keys])
 
 

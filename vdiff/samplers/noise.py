@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from vdiff.process import generator
+from vdiff.process import normal
 from vdiff.registry import Registered
 
 Increments = Callable[[int], Tensor]
@@ -20,8 +20,7 @@ Increments = Callable[[int], Tensor]
 
 def gaussian(seeds: Sequence[int], shape: Sequence[int], *purpose: int | str) -> Tensor:
     """Standard Gaussian noise, one row per seed, float32 on the host, shape ``(len(seeds), *shape)``."""
-    rows = [torch.randn(tuple(shape), generator=generator("sample", s, *purpose), device="cpu") for s in seeds]
-    return torch.stack(rows)
+    return torch.stack([normal(shape, "sample", seed, *purpose) for seed in seeds])
 
 
 class Drawn:
