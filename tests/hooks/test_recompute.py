@@ -205,6 +205,7 @@ def test_one_graph_with_checkpointing_compiled(net):
     assert counter.frame_count == 1
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 recompiles for every checkpointed block")
 def test_blocks_compiled_inside_our_checkpoint_are_compiled_once(net):
     net.float()
     x, counter = torch.randn(4, 3), CompileCounterWithBackend("aot_eager")
