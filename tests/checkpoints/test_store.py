@@ -227,3 +227,10 @@ def test_only_the_last_one_falls_back(tmp_path):
         manifest.write_text(json.dumps({}))
     with pytest.raises(DamagedCheckpointError, match="every checkpoint is damaged"):
         find_checkpoint(run)
+
+
+@pytest.mark.parametrize("step, weights", [("40", "raw"), ("lsat", "raw"), (True, "raw"), ("last", "emma")])
+def test_a_step_or_kind_of_weights_that_does_not_exist_is_refused(tmp_path, step, weights):
+    write(tmp_path / "checkpoints" / "step-00000040", {"model": {"a": torch.zeros(1)}}, {"step": 40})
+    with pytest.raises(ValueError, match="'raw'|'best'"):
+        read_run_weights(tmp_path, weights, step)

@@ -430,3 +430,9 @@ def test_sizes_that_do_not_fit_are_errors():
         net(draw(2, 3, 8, 8), torch.zeros(2))
     with pytest.raises(ValueError, match="one number per row"):
         net(draw(2, 4, 8, 8), torch.zeros(()))
+
+
+def test_a_vector_of_another_width_is_named():
+    net = UNet(1, 1, 16, (1,), 1, (), num_heads=1, num_classes="sequential", vector_dim=8, norm_groups=8)
+    with pytest.raises(ValueError, match=r"vector_dim is 8, .* are \(6,\) wide"):
+        net(torch.zeros(2, 1, 4, 4), torch.zeros(2), Conditioning({"vector": torch.zeros(2, 6)}))

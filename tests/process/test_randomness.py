@@ -200,7 +200,7 @@ def test_keys_come_from_the_batch():
 
 
 def test_without_positions_each_key_is_a_group():
-    rows = RowKeys.of({"noise_key": [9, 9, 2, 7]})
+    rows = RowKeys.of({"noise_key": [9, 9, 2, 7], "step": 0})
     assert rows.position == (0, 0, 1, 2) and rows.global_size == 3 and (rows.seed, rows.step) == (0, 0)
 
 
@@ -213,6 +213,11 @@ def test_keys_and_positions_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="2 keys and 1 positions"):
         RowKeys(0, 0, (1, 2), (0,), 4)
     with pytest.raises(ValueError, match="positions 3 to 4 in a global batch of 4 groups"):
-        RowKeys.of({"noise_key": [1, 2], "position": [3, 4], "global_size": 4})
+        RowKeys.of({"noise_key": [1, 2], "step": 0, "position": [3, 4], "global_size": 4})
     with pytest.raises(ValueError, match="positions -1 to 0"):
         RowKeys(0, 0, (1, 2), (-1, 0), 4)
+
+
+def test_a_batch_without_its_step_is_refused_because_every_step_would_draw_the_same():
+    with pytest.raises(KeyError, match="no 'step'.*every step sees the same noise"):
+        RowKeys.of({"noise_key": [1, 2]})

@@ -349,7 +349,7 @@ def test_a_file_cannot_allow_its_own_imports(lab, write):
 
 def test_an_import_that_fails_names_the_line(write):
     write("a.yaml", "a: 1\nimports: no_such_lab")
-    assert fault("a.yaml", allow_imports=True).startswith("a.yaml:2: imports: cannot import 'no_such_lab': No module")
+    assert fault("a.yaml", allow_imports=True).startswith("a.yaml:2: imports: cannot import 'no_such_lab': ModuleNotFound")
     assert fault(write("a.yaml", "imports: {a: 1}"), allow_imports=True).startswith(
         "a.yaml:1: imports: expected a list of modules"
     )
@@ -397,3 +397,18 @@ def test_only_plain_data_is_saved(write):
     write("a.yaml", "")
     with pytest.raises(Exception, match="cannot represent"):
         save_config({"a": object()}, "a.yaml")
+
+
+def test_a_module_beside_the_file_that_names_it_is_found(tmp_path, monkeypatch):
+    (tmp_path / "lab_beside_the_run.py").write_text("FOUND = True\n")
+    (tmp_path / "run.yaml").write_text("imports: [lab_beside_the_run]\n")
+    path = list(sys.path)
+    load_config(tmp_path / "run.yaml", allow_imports=True)
+    assert sys.modules.pop("lab_beside_the_run").FOUND and sys.path == path
+
+
+def test_a_module_that_fails_to_import_is_named(tmp_path):
+    (tmp_path / "lab_that_fails.py").write_text("1 / 0\n")
+    (tmp_path / "run.yaml").write_text("imports: [lab_that_fails]\n")
+    with pytest.raises(ConfigFileError, match="run.yaml:1: imports: cannot import 'lab_that_fails': ZeroDivisionError"):
+        load_config(tmp_path / "run.yaml", allow_imports=True)

@@ -31,6 +31,8 @@ def find_checkpoint(run: str | Path, step: int | Literal["last", "best"] = "last
         FileNotFoundError: there is none.
         DamagedCheckpointError: the one asked for is damaged, or all are.
     """
+    if step not in ("last", "best") and (not isinstance(step, int) or isinstance(step, bool)):
+        raise ValueError(f"{run}: step is 'last', 'best' or a whole number, got {step!r}.")
     run = Path(run)
     if (run / MANIFEST).is_file():
         return run
@@ -72,6 +74,8 @@ def read_run_weights(
         FileNotFoundError: no checkpoint, or the run kept no average.
         DamagedCheckpointError: see :func:`find_checkpoint`.
     """
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"{run}: weights are 'ema' or 'raw', got {weights!r}.")
     folder = find_checkpoint(run, step)
     if weights == "ema" and not (folder / "ema.safetensors").is_file():
         raise FileNotFoundError(f"{folder}: this run kept no averaged weights; read them with weights='raw'.")

@@ -20,7 +20,8 @@ class FrechetDistance(Metric):
 
     ``frechet_distance`` of the samples and ``frechet_distance_real`` of the real training split, both to the
     real test split, and ``frechet_distance_ratio``. Finite sets are never at distance 0, so the ratio says more
-    than the distance: 1 is as near as real data of the same number. Squared units of the pixel range.
+    than the distance: 1 is as near as the real training split is. Fewer samples are farther, so compare runs at the
+    same number. Squared units of the pixel range.
 
     Args:
         max_features: Pictures with more values than this are refused; time grows with the cube.

@@ -137,6 +137,7 @@ class UNet(Network, name="unet"):
 
         embedding_dim = 4 * channels
         self.time_embed = _mlp(channels, embedding_dim)
+        self.vector_dim = vector_dim
         self.label_emb = _label_embedding(num_classes, vector_dim, embedding_dim)
         built_for = {"cross_attention": context_dim, "vector": vector_dim, "concat": True}
         built_for["label"] = num_classes is not None and num_classes != "sequential"
@@ -232,7 +233,13 @@ class UNet(Network, name="unet"):
         if self.label_emb is None:
             return emb
         if self.num_classes == "sequential":
-            return emb + self.label_emb(self.needed(cond, "vector"))
+            vector = self.needed(cond, "vector")
+            if vector.shape[1:] != (self.vector_dim,):
+                raise ValueError(
+                    f"UNet: vector_dim is {self.vector_dim}, and the embeddings that feed 'vector' are "
+                    f"{tuple(vector.shape[1:])} wide. Make the two agree."
+                )
+            return emb + self.label_emb(vector)
         label = self.needed(cond, "label")
         return emb + self.label_emb(label.to(dtype).view(-1, 1) if self.num_classes == "continuous" else label)
 

@@ -85,17 +85,19 @@ class RowKeys:
         """The keys that a collated batch carries.
 
         Raises:
-            KeyError: the batch has no ``noise_key``.
+            KeyError: the batch has no ``noise_key``, or no ``step``.
         """
-        if "noise_key" not in batch:
-            raise KeyError(
-                "this batch has no 'noise_key', so its noise cannot be drawn reproducibly. Use vdiff.data.collate, "
-                f"or add an integer per row: batch['noise_key'] = torch.arange(B). It has: {', '.join(batch)}."
-            )
+        for name in ("noise_key", "step"):
+            if name not in batch:
+                raise KeyError(
+                    f"this batch has no {name!r}, so its noise cannot be drawn. vdiff.data.Loader and collate give it; "
+                    "by hand: batch['noise_key'] = torch.arange(B), one integer per row, and batch['step'] = the number "
+                    f"of the training step, or every step sees the same noise. It has: {', '.join(batch)}."
+                )
         keys = tuple(_ints(batch["noise_key"]))
         position = tuple(_ints(batch["position"])) if "position" in batch else tuple(_rank(keys))
         size = int(batch.get("global_size", max(position, default=0) + 1))
-        return RowKeys(int(batch.get("seed", 0)), int(batch.get("step", 0)), keys, position, size)
+        return RowKeys(int(batch.get("seed", 0)), int(batch["step"]), keys, position, size)
 
     def __post_init__(self) -> None:
         if len(self.keys) != len(self.position):

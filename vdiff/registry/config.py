@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -241,11 +242,17 @@ def _import_modules(config: Config, allow: bool | Sequence[str]) -> None:
                 f"{where}: this config wants to import {module!r}, which runs its code. "
                 "If you trust it, allow it: allow_imports=True, or --allow-imports on the command line."
             )
+    origin = config._origin("imports")
+    beside = str(origin[0].parent) if origin else os.getcwd()  # a module may lie beside the file that names it
     for module in modules:
+        sys.path.insert(0, beside)
         try:
             importlib.import_module(module)
-        except (ImportError, TypeError) as error:
-            raise ConfigFileError(f"{where}: cannot import {module!r}: {error}.") from error
+        except Exception as error:  # whatever a lab's module raises
+            hint = " Leave out '.py'." if module.endswith(".py") else ""
+            raise ConfigFileError(f"{where}: cannot import {module!r}: {error!r}.{hint}") from error
+        finally:
+            sys.path.remove(beside)
 
 
 def _short(file: Path) -> str:
