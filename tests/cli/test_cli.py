@@ -1,6 +1,7 @@
 """The command line: instant help, errors without tracebacks, and the whole way from a config to figures."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,10 @@ from PIL import Image
 
 from vdiff.cli import main
 from vdiff.cli.entry import parse
+from vdiff.cli.sampling import resampled
+from vdiff.engine import DiffusionEngine
+from vdiff.process import EDMSchedule, ExplicitDiscretizer
+from vdiff.samplers import EulerSampler
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,8 +104,6 @@ def test_inspect_reads_runs_and_files(run, capsys):
 
 
 def test_a_damaged_checkpoint_is_named(run, capsys, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     file = copy / "checkpoints" / "step-00000003" / "model.safetensors"
@@ -131,6 +134,67 @@ def test_a_users_error_is_one_line_and_no_traceback(arguments, message, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_more_steps_are_the_same_solver_and_another_solver_has_the_same_levels():
+    config = ["engine.sampler={type: heun, churn: 8.0, num_steps: 18, init: vp, discretizer: {type: exponential}}"]
+    sampler = DiffusionEngine.from_config(ROOT / "configs" / "digits_edm.yaml", config).sampler
+    longer = resampled(sampler, None, 36)
+    assert (type(longer), longer.num_steps, longer.churn, sampler.num_steps) == (type(sampler), 36, 8.0, 18)
+    other = resampled(sampler, "dpmpp_2m", None)
+    assert (other.num_steps, other.init, other.discretizer) == (18, "vp", sampler.discretizer)
+    listed = EulerSampler(discretizer=ExplicitDiscretizer(ratios=[3.0, 1.0, 0.0]))
+    assert resampled(listed, "heun", None).discretizer is listed.discretizer
+    assert resampled(listed, None, 5).levels(EDMSchedule()).t.shape == (6,)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--num", "0"], "at least 1"),
+        (["--batch-size", "-4"], "at least 1"),
+        (["--steps", "0"], "at least 1"),
+        (["--step", "newest"], "last, best or the number of a step"),
+    ],
+)
+def test_impossible_numbers_are_refused_before_anything_is_loaded(options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["sample", "some/run", *options])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_class_that_is_not_there_is_refused(run, capsys):
+    """On the host: on a GPU the wrong index would end the process."""
+    assert main(["sample", str(run), "--num", "1", "--label", "10"]) == 2
+    assert "--label 10: the classes of this engine are 0 to 9" in capsys.readouterr().err
+
+
+def test_a_run_that_imports_is_read_with_leave(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    with open(copy / "config.yaml", "a") as file:
+        file.write("imports: [json]\n")
+    sample = ["sample", str(copy), "--num", "1", "--out", str(tmp_path / "x.png")]
+    for command in (
+        sample,
+        ["evaluate", str(copy), "--num", "80", "--metric", "frechet_distance"],
+        ["inspect", str(copy)],
+    ):
+        assert main(command) == 2 and "--allow-imports" in capsys.readouterr().err
+        assert main([*command, "--allow-imports"]) == 0
+
+
+def test_a_loaded_engine_is_ready_to_use(run):
+    """In eval mode: no dropout, no dropped conditions."""
+    engine = DiffusionEngine.load(run)
+    assert not any(module.training for module in engine.modules())
+
+
+def test_an_unconditional_run_is_evaluated_without_classes(tmp_path, capsys):
+    plain = ["conditioner.embedders=[]", "denoiser.network.num_classes=null", "denoiser.network.vector_dim=null"]
+    config = str(ROOT / "configs" / "digits_edm.yaml")
+    assert main(["train", config, *SMALL, *(f"engine.{word}" for word in plain), "--out", str(tmp_path / "run")]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--num", "80", "--metric", "frechet_distance"]) == 0
 
 
 def test_overrides_may_stand_after_the_options():

@@ -96,7 +96,8 @@ def test_joint_drops_are_exclusive_outcomes():
     "rows, message",
     [
         ([{"probability": 0.1, "drop": ["caption"]}], "no embedder reads .*caption"),
-        ([{"probability": 0.7, "drop": ["label"]}, {"probability": 0.7, "drop": ["fps"]}], "more than 1"),
+        ([{"probability": 0.7, "drop": ["label"]}, {"probability": 0.7, "drop": ["fps"]}], "at most 1, got .0.7, 0.7"),
+        ([{"probability": -0.2, "drop": ["label"]}], "at least 0"),
         ([{"p": 0.1, "drop": ["label"]}], "probability and drop"),
     ],
 )
@@ -105,12 +106,27 @@ def test_a_wrong_drop_table_is_an_error(rows, message):
         conditioner(joint_drop=rows)
 
 
+def test_an_embedder_that_learns_no_null_says_so():
+    with isolated():
+
+        class TotalEmbedder(Embedder):
+            def forward(self, value):
+                return value.flatten(1).sum(1, keepdim=True)
+
+        with pytest.raises(ValueError, match="TotalEmbedder: learns no null"):
+            TotalEmbedder("image", "vector", null="learned")
+
+
 def test_wrong_batches_and_labels_are_errors():
     made = conditioner().eval()
     with pytest.raises(KeyError, match="reads 'label'.*It has: fps"):
         made({"fps": torch.ones(2)})
     with pytest.raises(ValueError, match="classes are 0 to 2"):
         made(batch() | {"label": torch.tensor([0, 3])})
+    with pytest.raises(ValueError, match="label holds one class per row"):
+        made(batch() | {"label": torch.tensor(2)})
+    with pytest.raises(ValueError, match="fps holds numbers"):
+        made(batch() | {"fps": 8.0})
     with pytest.raises(KeyError, match="noise_key"):
         conditioner().train()({"label": torch.zeros(2), "fps": torch.ones(2)})
 
@@ -131,6 +147,13 @@ def test_fourier_numbers_are_cosines_then_sines():
     assert made(torch.ones(5, 3)).shape == (5, 12)
 
 
+def test_fourier_waves_are_float32_whatever_the_model_is():
+    """Rounded to bfloat16, a wave is off by radians at numbers of a thousand."""
+    numbers = torch.tensor([1000.0, 37.0])
+    exact = ScalarFourierEmbedder("fps", width=64)(numbers)
+    assert torch.equal(ScalarFourierEmbedder("fps", width=64).bfloat16()(numbers), exact)
+
+
 def test_an_engine_without_conditions_has_an_empty_conditioning():
     cond = EmbedderConditioner()({"image": torch.zeros(2)})
     assert cond.num_rows is None and cond.null is None
@@ -144,5 +167,5 @@ def test_a_new_embedder_is_a_few_lines():
                 return value.flatten(1).sum(1, keepdim=True)
 
         made = EmbedderConditioner([TotalEmbedder("image", "vector", drop=1.0)]).train()
-        cond = made({"image": torch.ones(2, 3, 3), "noise_key": torch.arange(2)})
+        cond = made({"image": torch.ones(2, 3, 3), "noise_key": torch.arange(2), "step": 0})
     assert cond["vector"].tolist() == [[0.0], [0.0]]

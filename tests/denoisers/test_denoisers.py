@@ -15,7 +15,14 @@ from vdiff.denoisers import (
     VelocityDenoiser,
     X0Denoiser,
 )
-from vdiff.process import CosineSchedule, EDMSchedule, FlowSchedule, UndefinedParameterizationError, ZeroSNRSchedule
+from vdiff.process import (
+    Conditioning,
+    CosineSchedule,
+    EDMSchedule,
+    FlowSchedule,
+    UndefinedParameterizationError,
+    ZeroSNRSchedule,
+)
 
 
 class Echo(torch.nn.Module):
@@ -86,8 +93,6 @@ def test_levels_and_predictions_stay_float32_around_a_bfloat16_network():
             assert cond["vector"].dtype == torch.bfloat16
             return self.layer(x)
 
-    from vdiff.process import Conditioning
-
     level = EDMSchedule().at_ratio(torch.tensor([0.01, 1.0]))
     said = EDMDenoiser(Half())(torch.randn(2, 2), level, Conditioning({"vector": torch.ones(2, 3)}))
     assert said.value.dtype == said.x_t.dtype == torch.float32
@@ -151,3 +156,16 @@ def test_the_power_law_has_its_spectrum():
     assert data.var(0).mean().sqrt().item() == pytest.approx(0.5, abs=0.2)
     slope = torch.log(variances[1] / variances[9]) / torch.log(torch.tensor(10 / 2.0))
     assert slope.item() == pytest.approx(2.0, abs=0.8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_conditions_are_handed_over_in_the_type_of_the_network(dtype):
+    """A text tower in half precision before a float32 network."""
+
+    class Sum(torch.nn.Linear):
+        def forward(self, x, c_noise, cond):
+            return super().forward(x + cond["vector"])
+
+    level = EDMSchedule().at_ratio(torch.tensor([0.01, 1.0]))
+    said = EDMDenoiser(Sum(2, 2))(torch.randn(2, 2), level, Conditioning({"vector": torch.ones(2, 2, dtype=dtype)}))
+    assert said.value.dtype == torch.float32

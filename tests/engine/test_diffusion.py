@@ -141,8 +141,10 @@ def test_a_sample_belongs_to_its_seed_and_label(sampler):
 def test_sampling_leaves_the_engine_as_it_was():
     engine = make().train()
     before = {k: v.clone() for k, v in engine.state_dict().items()}
+    engine.conditioner.embedders.eval()  # a frozen part of a training engine
+    modes = [m.training for m in engine.modules()]
     out = engine.sample({"label": [1]}, guider=CFGGuider(2.0), progress=True)
-    assert engine.training and not out.requires_grad
+    assert [m.training for m in engine.modules()] == modes and True in modes and not out.requires_grad
     assert all(torch.equal(v, before[k]) for k, v in engine.state_dict().items())
 
 
@@ -166,8 +168,14 @@ def test_wrong_requests_say_what_is_wrong():
     engine = make(sample_shape=None)
     with pytest.raises(ValueError, match="sample_shape"):
         engine.sample({"label": [1]})
-    with pytest.raises(ValueError, match="num is 3, but the conditions have 2 rows"):
+    with pytest.raises(ValueError, match="must agree: num 3, conditions 2"):
         engine.sample({"label": [1, 2]}, (1, 8, 8), num=3)
+    with pytest.raises(ValueError, match="must agree: conditions 2, seeds 3"):
+        engine.sample({"label": [1, 2]}, (1, 8, 8), seeds=[1, 2, 3])
+    with pytest.raises(ValueError, match="at least one, and must agree: num 0"):
+        engine.sample(num=0, shape=(1, 8, 8))
+    with pytest.raises(ValueError, match="one class per row"):
+        engine.sample({"label": 7}, (1, 8, 8))
     with pytest.raises(KeyError, match="noise_key"):
         engine({"image": torch.zeros(2, 1, 8, 8), "label": torch.zeros(2)})
 
@@ -176,6 +184,40 @@ def test_epsilon_on_a_zero_snr_table_is_refused_at_construction():
     with pytest.raises(UndefinedParameterizationError, match="ZeroSNRSchedule.*epsilon"):
         make(denoiser=EpsilonDenoiser(network()), schedule=ZeroSNRSchedule(), sigma_sampler=UniformIndexSigmaSampler())
     make(denoiser=VDenoiser(network()), schedule=ZeroSNRSchedule(), sigma_sampler=UniformSigmaSampler())
+
+
+def test_a_network_must_count_in_the_rows_of_the_schedule():
+    with pytest.raises(ValueError, match="Set denoiser.num_rows to 100"):
+        make(denoiser=VDenoiser(network()), schedule=ZeroSNRSchedule(num_rows=100))
+    make(denoiser=VDenoiser(network(), num_rows=100), schedule=ZeroSNRSchedule(num_rows=100))
+    make(denoiser=VDenoiser(network(), c_noise="time"), schedule=ZeroSNRSchedule(num_rows=100))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8])
+def test_noise_is_not_rounded_to_the_type_of_the_data(dtype, loader):
+    engine, batch = make(), loader.batch(0)
+    level, noise = engine.draw(batch["image"].to(dtype), batch)
+    assert torch.equal(noise, engine.draw(batch["image"], batch)[1]) and noise.dtype == torch.float32
+
+
+def test_an_engine_is_where_its_buffers_are():
+    assert make(denoiser=GaussianDenoiser(), conditioner=None).to("meta").device.type == "meta"
+
+
+@pytest.mark.gpu
+def test_drawing_and_dropping_do_not_wait_for_the_device(loader):
+    engine, batch = make().cuda().train(), loader.batch(0)
+    batch = batch | {name: batch[name].cuda() for name in ("image", "label")}
+
+    def step():
+        return engine.draw(batch["image"], batch), engine.conditioner(batch)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])

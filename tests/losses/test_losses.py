@@ -113,6 +113,17 @@ def test_a_mask_says_what_counts():
         MSELoss(mask="keep")(said, x0, noise, level, {"keep": torch.ones(6, 1, 5, 5)})
 
 
+def test_a_mask_per_frame_counts_frames():
+    """Also where there are as many channels as frames."""
+    x0, level = torch.randn(2, 3, 3, 4, 4, dtype=torch.float64), CosineSchedule()(torch.full((2,), 0.5).double())
+    wrong = torch.zeros_like(x0)
+    wrong[:, :, 0] = 1.0
+    said = predict("x0", x0, torch.randn_like(x0), level, wrong=wrong)
+    for mask, want in (([[1, 0, 0], [0, 1, 1]], [1.0, 0.0]), ([1, 1], [1 / 3, 1 / 3])):
+        got = MSELoss(mask="keep")(said, x0, x0, level, {"keep": torch.tensor(mask)}).per_row
+        assert got.tolist() == pytest.approx(want)
+
+
 def test_huber_is_squared_where_small_and_linear_where_large():
     loss = HuberLoss(delta=0.1)
     small, large = torch.tensor(1e-3, dtype=torch.float64), torch.tensor(1e3, dtype=torch.float64)

@@ -116,3 +116,8 @@ def test_branches_must_say_the_same_things():
 def test_a_conditioning_is_frozen():
     with pytest.raises(AttributeError):
         make().null = make()
+
+
+def test_a_number_per_row_is_not_rounded_to_half_precision():
+    cond = Conditioning({"fps": torch.tensor([23.976]), "vector": torch.ones(1, 2)}).to(torch.bfloat16)
+    assert cond["fps"].dtype == torch.float32 and cond["vector"].dtype == torch.bfloat16

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from vdiff.process import CosineSchedule, FlowSchedule, NoiseLevel, ZeroSNRSchedule, spread
+from vdiff.process import CosineSchedule, FlowSchedule, NoiseLevel, ZeroSNRSchedule, spread, upload
 
 
 def test_mixing_is_alpha_data_plus_sigma_noise():
@@ -79,3 +79,21 @@ def test_every_value_moves():
 def test_a_level_is_frozen():
     with pytest.raises(AttributeError):
         FlowSchedule()(0.5).t = 3
+
+
+def test_uploading_changes_no_value():
+    level = CosineSchedule()(torch.rand(2, 5))
+    moved = level.upload(torch.device("cpu"))
+    assert all(torch.equal(getattr(moved, name), getattr(level, name)) for name in ("t", "alpha", "sigma", "d_alpha"))
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_wait_for_an_upload():
+    level, value = CosineSchedule()(torch.rand(4)), torch.randn(4, 3)
+    upload(value, torch.device("cuda"))  # the first one makes the pool of pinned memory
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moved, on_device = level.upload(torch.device("cuda")), upload(value, torch.device("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(on_device.cpu(), value) and torch.equal(moved.sigma.cpu(), level.sigma)

@@ -1,6 +1,8 @@
 import pytest
+import torch
 from torch import nn
 
+from vdiff.conditioners import ClassLabelEmbedder, EmbedderConditioner
 from vdiff.mixins import LoRA
 from vdiff.training import AdamW, TrainGroup, select
 
@@ -111,3 +113,17 @@ def test_what_matches_nothing_is_an_error_with_the_nearest_name():
         select(engine.requires_grad_(False), None, AdamW())
     with pytest.raises(ValueError, match="empty list"):
         TrainGroup([])
+
+
+def test_a_frozen_conditioner_still_drops_conditions_and_what_it_holds_is_in_eval():
+    """Guidance needs the drops whatever is trained: with LoRA alone, too."""
+    engine = Engine()
+    engine.conditioner = EmbedderConditioner([ClassLabelEmbedder(3, 4, drop=0.5)])
+    LoRA(rank=2, on="*.attn").attach(engine)
+    selection = select(engine, [TrainGroup("mixins")], AdamW())
+    engine.eval()
+    selection.set_modes()
+    assert engine.conditioner.training and not any(m.training for m in engine.conditioner.embedders.modules())
+    cond = engine.conditioner({"label": torch.zeros(100, dtype=torch.long), "noise_key": torch.arange(100), "step": 0})
+    dropped = (cond["vector"] == cond.null["vector"]).all(1)
+    assert 20 < dropped.sum() < 80

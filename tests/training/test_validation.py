@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 from vdiff.data import Digits
+from vdiff.networks import in_eval
 from vdiff.registry import build
 from vdiff.training import EMA, Validation
-from vdiff.training.validation import in_eval
 
 ENGINE = {
     "type": "diffusion",
@@ -82,14 +82,6 @@ def test_what_is_no_picture_is_not_drawn():
     assert Validation(num_pictures=0).picture(engine, loader, dict) is None
     engine.input_key = "label"
     assert validation.picture(engine, loader, dict) is None
-
-
-def test_modes_are_back_afterwards_module_by_module():
-    model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2)).train()
-    model[1].eval()
-    with in_eval(model):
-        assert not any(m.training for m in model.modules())
-    assert [m.training for m in model.modules()] == [True, True, False]
 
 
 def test_a_set_smaller_than_a_batch_is_one_batch():

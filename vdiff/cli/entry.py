@@ -66,20 +66,20 @@ def parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", "training", "train a run file, or continue a run")
     train.add_argument("config", nargs="+", help="run files, later ones over earlier ones, then key=value overrides")
     train.add_argument("--out", help="run folder; by default outputs/ and the name of the last file")
-    train.add_argument("--allow-imports", action="store_true", help="let the file import the modules it names")
+    _imports_argument(train)
 
     sample = _command(commands, "sample", "sampling", "draw samples from a run")
     _run_arguments(sample)
-    sample.add_argument("--num", type=int, default=64, help="how many (64)")
+    sample.add_argument("--num", type=_count, default=64, help="how many (64)")
     sample.add_argument("--label", type=int, action="append", help="class of all samples; repeat for several")
     sample.add_argument("--out", default=None, help="picture (.png) or tensor (.safetensors); RUN/samples.png")
-    sample.add_argument("--columns", type=int, default=None, help="of the picture")
-    sample.add_argument("--upscale", type=int, default=None, help="size of a pixel in the picture")
+    sample.add_argument("--columns", type=_count, default=None, help="of the picture")
+    sample.add_argument("--upscale", type=_count, default=None, help="size of a pixel in the picture")
     sample.add_argument("--crisp", action="store_true", help="show pixels as squares instead of smoothly")
 
     evaluate = _command(commands, "evaluate", "sampling", "hold a run's samples against its data")
     _run_arguments(evaluate)
-    evaluate.add_argument("--num", type=int, default=None, help="how many; by default as many as there are examples")
+    evaluate.add_argument("--num", type=_count, default=None, help="how many; by default as many as there are examples")
     evaluate.add_argument("--metric", action="append", help="by default all; `vdiff list metric`")
     evaluate.add_argument("--out", default=None, help="figures as JSON; RUN/evaluation.json")
 
@@ -91,7 +91,8 @@ def parser() -> argparse.ArgumentParser:
 
     inspect = _command(commands, "inspect", "inspection", "what is in a run folder or a weight file")
     inspect.add_argument("path", help="RUN or FILE")
-    inspect.add_argument("--depth", type=int, default=3, help="of the census of keys (3)")
+    inspect.add_argument("--depth", type=_count, default=3, help="of the census of keys (3)")
+    _imports_argument(inspect)
 
     _command(commands, "doctor", "inspection", "what this machine can do")
     return top
@@ -107,13 +108,32 @@ def _command(commands: argparse._SubParsersAction, name: str, module: str, text:
 def _run_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="RUN", help="folder of a training run")
     command.add_argument("--weights", choices=("ema", "raw"), default=None, help="ema if the run kept them")
-    command.add_argument("--step", default="last", help="number of a checkpoint, last or best")
+    command.add_argument("--step", type=_checkpoint, default="last", help="number of a checkpoint, last or best")
     command.add_argument("--guidance", type=float, default=None, help="scale; 1 is the plain conditional prediction")
     command.add_argument("--solver", default=None, help="`vdiff list sampler`")
-    command.add_argument("--steps", type=int, default=None, help="steps of the solver")
+    command.add_argument("--steps", type=_count, default=None, help="steps of the solver")
     command.add_argument("--seed", type=int, default=0, help="of the first sample; the others follow")
-    command.add_argument("--batch-size", type=int, default=256)
+    command.add_argument("--batch-size", type=_count, default=256)
     command.add_argument("--device", default="auto")
+    _imports_argument(command)
+
+
+def _imports_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--allow-imports", action="store_true", help="let the config import the modules it names")
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"a number, at least 1, and not {word!r}")
+    return int(word)
+
+
+def _checkpoint(word: str) -> int | str:
+    if word in ("last", "best"):
+        return word
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"last, best or the number of a step, and not {word!r}")
+    return int(word)
 
 
 class _Raw(argparse.RawDescriptionHelpFormatter):

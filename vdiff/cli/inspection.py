@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vdiff.checkpoints import find_checkpoint, read_metadata, read_weights, steps, verify
+from vdiff.registry import load_config
 
 OPTIONAL = {
     "open_clip_torch": "text and image towers",
@@ -32,7 +33,7 @@ OPTIONAL = {
 def inspect(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
     if path.is_dir():
-        return _inspect_run(path, arguments.depth)
+        return _inspect_run(path, arguments.depth, arguments.allow_imports)
     tensors = read_weights(path)
     for key, value in read_metadata(path).items() if path.suffix == ".safetensors" else ():
         print(f"{key}: {value[:200]}")
@@ -40,7 +41,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _inspect_run(run: Path, depth: int) -> int:
+def _inspect_run(run: Path, depth: int, allow_imports: bool) -> int:
     from vdiff.engine import DiffusionEngine
     from vdiff.hooks import describe
 
@@ -50,7 +51,8 @@ def _inspect_run(run: Path, depth: int) -> int:
     for step in sorted(steps(root)):
         problems = verify(root / f"step-{step:08d}")
         print(f"step {step}: {'; '.join(problems) if problems else 'valid'}")
-    engine = DiffusionEngine.from_config(run / "config.yaml")
+    config = load_config(run / "config.yaml", interpolate=False, allow_imports=allow_imports)
+    engine = DiffusionEngine.from_config(config)
     for slot, module in engine.named_children():
         print(f"{slot}: {type(module).__name__}, {sum(p.numel() for p in module.parameters()):,} parameters")
     touched = describe(engine)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from copy import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from vdiff.engine import DiffusionEngine
 from vdiff.evaluation import Reference, Samples, grid, save_figures, save_picture, table
 from vdiff.evaluation import evaluate as measure
 from vdiff.process import ExplicitDiscretizer
-from vdiff.registry import build, entries, load_config
+from vdiff.registry import Config, build, entries, load_config, lookup, signature
 from vdiff.samplers import CFGGuider, Sampler
 from vdiff.training import choose_device
 
@@ -43,19 +43,19 @@ def sample(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     run = Path(arguments.folder)
     engine = load_engine(arguments)
-    config = load_config(run / "config.yaml", interpolate=False)
+    config = _config(arguments)
+    metrics = [build({"type": name}, "metric") for name in arguments.metric or entries("metric")]
     data: dict[str, Dataset] = {name: build(node, "dataset", f"data.{name}") for name, node in config["data"].items()}
     if "validation" not in data:
         raise ValueError(f"{run}: its config has no data.validation to compare with.")
     reference = Reference.of(data["train"], data["validation"], image=engine.input_key)
     labels = None
-    if reference.train_labels is not None and reference.test_labels is not None:
+    if _embedders(engine) and reference.train_labels is not None and reference.test_labels is not None:
         labels = torch.cat([reference.train_labels, reference.test_labels])
     num = arguments.num or len(reference.train_images) + len(reference.test_images)
     if labels is not None:
         labels = labels[torch.arange(num) % len(labels)]
     images = draw(engine, arguments, labels, num)
-    metrics = [build({"type": name}, "metric") for name in arguments.metric or entries("metric")]
     figures = {"num_samples": float(num), **measure(Samples(images, labels), reference, metrics)}
     out = Path(arguments.out or run / "evaluation.json")
     save_figures(figures, out)
@@ -67,27 +67,40 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def load_engine(arguments: argparse.Namespace) -> DiffusionEngine:
     """The engine of the run, with solver and guidance as asked for."""
-    step: Any = arguments.step if arguments.step in ("last", "best") else int(arguments.step)
     weights = arguments.weights
-    if weights is None:
-        config = load_config(Path(arguments.folder) / "config.yaml", interpolate=False)
-        weights = "raw" if config.get("training", {}).get("ema") is None else "ema"
-    engine = DiffusionEngine.load(arguments.folder, weights, step)
+    if weights is None and (Path(arguments.folder) / "config.yaml").is_file():
+        weights = "raw" if _config(arguments).get("training", {}).get("ema") is None else "ema"
+    engine = DiffusionEngine.load(arguments.folder, weights or "ema", arguments.step, arguments.allow_imports)
     assert isinstance(engine, DiffusionEngine)
     engine.to(choose_device(arguments.device))
     if arguments.solver is not None or arguments.steps is not None:
-        engine.sampler = _resampled(engine.sampler, arguments.solver, arguments.steps)
+        engine.sampler = resampled(engine.sampler, arguments.solver, arguments.steps)
     if arguments.guidance is not None:
         engine.guider = CFGGuider(arguments.guidance)
     return engine
 
 
-def _resampled(sampler: Sampler, solver: str | None, steps: int | None) -> Sampler:
-    """Another solver or number of steps on the same discretizer."""
-    node: dict[str, Any] = {"type": solver or type(sampler).registered_name, "num_steps": steps or sampler.num_steps}
-    if not isinstance(sampler.discretizer, ExplicitDiscretizer):
-        node["discretizer"] = sampler.discretizer
-    return build(node, "sampler")
+def _config(arguments: argparse.Namespace) -> Config:
+    file = Path(arguments.folder) / "config.yaml"
+    return load_config(file, interpolate=False, allow_imports=arguments.allow_imports)
+
+
+def resampled(sampler: Sampler, solver: str | None, steps: int | None) -> Sampler:
+    """Another number of steps, or another solver with what all of them share: levels, noise source and start.
+
+    A list of levels fits one number of steps; for another the solver chooses its own.
+    """
+    if solver is None:
+        changed = copy(sampler)
+    else:
+        taken = signature(lookup("sampler", solver).target)
+        shared = {name: getattr(sampler, name) for name in signature(Sampler) if name in taken}
+        changed = build({"type": solver, **shared}, "sampler")
+    if steps is not None:
+        if isinstance(changed.discretizer, ExplicitDiscretizer) and steps != changed.num_steps:
+            changed.discretizer = None
+        changed.num_steps = steps
+    return changed
 
 
 def draw(engine: DiffusionEngine, arguments: argparse.Namespace, labels: Tensor | None, num: int) -> Tensor:
@@ -125,7 +138,10 @@ def _labels(engine: DiffusionEngine, asked: list[int] | None, num: int) -> Tenso
         if asked:
             raise ValueError("--label: this engine is not conditioned on classes.")
         return None
-    cycle = asked or list(range(_embedders(engine)[0].num_classes))
+    num_classes = _embedders(engine)[0].num_classes
+    if wrong := [label for label in asked or () if not 0 <= label < num_classes]:
+        raise ValueError(f"--label {wrong[0]}: the classes of this engine are 0 to {num_classes - 1}.")
+    cycle = asked or list(range(num_classes))
     return torch.tensor([cycle[i % len(cycle)] for i in range(num)])
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vdiff.process import Conditioning, RowKeys
+from vdiff.process import Conditioning, RowKeys, upload
 from vdiff.registry import Registered
 
 # How two embeddings that feed the same name are joined: the axis of (B, ...).
@@ -30,6 +30,8 @@ class Embedder(Registered, nn.Module, kind="embedder"):
         super().__init__()
         if not 0 <= drop <= 1:
             raise ValueError(f"{type(self).__name__}: drop is a probability, got {drop}.")
+        if null == "learned" and type(self).null is Embedder.null:
+            raise ValueError(f"{type(self).__name__}: learns no null; use null: zero.")
         self.reads, self.feeds, self.drop, self.null_kind = reads, feeds, drop, null
 
     @abstractmethod
@@ -66,8 +68,12 @@ class EmbedderConditioner(Conditioner, name="embedders"):
         super().__init__()
         self.embedders = nn.ModuleList(embedders)
         self.joint_drop = [self._outcome(row) for row in joint_drop]
-        if sum(probability for probability, _ in self.joint_drop) > 1:
-            raise ValueError("EmbedderConditioner: the probabilities of joint_drop add up to more than 1.")
+        shares = [probability for probability, _ in self.joint_drop]
+        if min(shares, default=0) < 0 or sum(shares) > 1 + 1e-9:
+            raise ValueError(
+                "EmbedderConditioner: the probabilities of joint_drop are at least 0 and add up to at most 1, "
+                f"got {shares}."
+            )
 
     def _outcome(self, row: Mapping[str, Any]) -> tuple[float, frozenset[str]]:
         if set(row) != {"probability", "drop"}:
@@ -93,7 +99,7 @@ class EmbedderConditioner(Conditioner, name="embedders"):
             value = embedder(batch[embedder.reads])
             null = embedder.null(value)
             if keys is not None:
-                dropped = self._dropped(embedder, keys).to(value.device, non_blocking=True)
+                dropped = upload(self._dropped(embedder, keys), value.device)
                 value = torch.where(dropped[(...,) + (None,) * (value.ndim - 1)], null, value)
             said.setdefault(embedder.feeds, []).append(value)
             silent.setdefault(embedder.feeds, []).append(null)

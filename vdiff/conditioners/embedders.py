@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from vdiff.conditioners.base import Embedder
+from vdiff.networks import sinusoidal
 
 
 class ClassLabelEmbedder(Embedder):
@@ -36,12 +36,19 @@ class ClassLabelEmbedder(Embedder):
 
     def forward(self, value: Tensor) -> Tensor:
         """``value`` holds labels, ``(B,)``."""
-        labels = torch.as_tensor(value, device=self.table.weight.device).long()
-        if labels.device.type == "cpu" and bool(((labels < 0) | (labels >= self.num_classes)).any()):
+        labels = torch.as_tensor(value)
+        if labels.ndim != 1:
+            raise ValueError(
+                f"ClassLabelEmbedder: {self.reads} holds one class per row, (B,), such as [3]; "
+                f"its shape is {tuple(labels.shape)}."
+            )
+        # Training waits for no device to look; sampling and validation do, for a wrong index kills a CUDA process.
+        is_looked_at = labels.device.type == "cpu" or not torch.is_grad_enabled()
+        if is_looked_at and bool(((labels < 0) | (labels >= self.num_classes)).any()):
             raise ValueError(
                 f"ClassLabelEmbedder: {self.reads} holds {labels.tolist()}, classes are 0 to {self.num_classes - 1}."
             )
-        return self.table(labels)
+        return self.table(labels.to(self.table.weight.device).long())
 
     def null(self, like: Tensor) -> Tensor:
         if self.null_kind == "zero":
@@ -63,6 +70,8 @@ class ScalarFourierEmbedder(Embedder):
         Podell et al., arXiv:2307.01952, section 2.2 (size conditioning).
     """
 
+    place: Tensor
+
     def __init__(
         self,
         reads: str,
@@ -76,16 +85,19 @@ class ScalarFourierEmbedder(Embedder):
         super().__init__(reads, feeds, drop, null)
         if width % 2:
             raise ValueError(f"ScalarFourierEmbedder: width must be even, got {width}.")
-        self.width, self.scale = width, scale
-        waves = torch.exp(-math.log(max_period) * torch.arange(width // 2, dtype=torch.float32) / (width // 2))
-        self.register_buffer("waves", waves, persistent=False)
+        self.width, self.max_period, self.scale = width, max_period, scale
+        self.register_buffer("place", torch.empty(0), persistent=False)  # moves with the module
         self.absent = nn.Parameter(torch.zeros(width)) if null == "learned" else None
 
     def forward(self, value: Tensor) -> Tensor:
         """``(B, width)`` or ``(B, n * width)``, cosines first as in the field's time embeddings."""
-        numbers = torch.as_tensor(value, device=self.waves.device).float()
-        angles = (numbers * self.scale)[..., None] * self.waves
-        return torch.cat([angles.cos(), angles.sin()], -1).flatten(1)
+        numbers = torch.as_tensor(value, device=self.place.device).float()
+        if numbers.ndim not in (1, 2):
+            raise ValueError(
+                f"ScalarFourierEmbedder: {self.reads} holds numbers, (B,) or (B, n), such as [8.0]; "
+                f"its shape is {tuple(numbers.shape)}."
+            )
+        return sinusoidal(numbers * self.scale, self.width, self.max_period).flatten(1)
 
     def null(self, like: Tensor) -> Tensor:
         if self.absent is None:

@@ -25,6 +25,8 @@ class GaussianDenoiser(Denoiser):
     """
 
     language = X0Parameterization()
+    mean: Tensor
+    variance: Tensor
 
     def __init__(self, mean: float | Sequence[float] = 0.0, std: float | Sequence[float] = 1.0) -> None:
         super().__init__()
@@ -60,6 +62,10 @@ class GaussianMixtureDenoiser(Denoiser):
     """
 
     language = X0Parameterization()
+    means: Tensor
+    variances: Tensor
+    log_weights: Tensor
+    axes: Tensor | None
 
     def __init__(self, means: Tensor, stds: Tensor, weights: Tensor | None = None, axes: Tensor | None = None) -> None:
         super().__init__()

@@ -63,7 +63,7 @@ class NetworkDenoiser(Denoiser, abstract=True):
         cond = Conditioning() if cond is None else cond
         dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), x_t.dtype)
         scaled = self.scale_input(x_t, level).to(dtype)
-        told = cond if dtype == x_t.dtype else cond.to(dtype)
+        told = cond.with_(null=None).to(dtype)
         with routed(self.network, cond, rows=len(x_t)):
             value = self.network(scaled, self.noise_input(level), told)
         return Prediction(self.language, value.to(x_t.dtype), x_t, level)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from vdiff.checkpoints import load_into, read_run_weights, save_weights
 from vdiff.conditioners import Conditioner, EmbedderConditioner
-from vdiff.denoisers import Denoiser
+from vdiff.denoisers import Denoiser, NetworkDenoiser
 from vdiff.first_stages import FirstStage, IdentityFirstStage
 from vdiff.losses import Loss, LossValues
 from vdiff.mixins import Mixin
-from vdiff.process import HOST, Conditioning, NoiseLevel, NoiseSchedule, RowKeys, SigmaSampler
+from vdiff.networks import in_eval
+from vdiff.process import HOST, Conditioning, NoiseLevel, NoiseSchedule, RowKeys, SigmaSampler, upload
 from vdiff.registry import Config, Registered, build, load_config
 from vdiff.samplers import Guider, NoneGuider, Sampler, SamplerStep, gaussian
 
@@ -40,7 +42,7 @@ class Engine(Registered, nn.Module, kind="engine"):
 
     @property
     def device(self) -> torch.device:
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+        return next((t.device for t in chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
 
 class DiffusionEngine(Engine, name="diffusion"):
@@ -88,6 +90,7 @@ class DiffusionEngine(Engine, name="diffusion"):
         self.weights = "as constructed"
         hardest = sigma_sampler.quantile(torch.tensor([0.5, 1 - 2**-53], **HOST), schedule)
         denoiser.check(hardest, f"{type(schedule).__name__} with {type(sigma_sampler).__name__}")
+        _check_rows(denoiser, schedule)
         self.mixins = {}
         for name, mixin in (mixins or {}).items():
             self.mixins[name] = mixin.attach(self, name=name)
@@ -103,13 +106,15 @@ class DiffusionEngine(Engine, name="diffusion"):
         return self.loss(prediction, x0, noise, level, batch)
 
     def draw(self, x0: Tensor, batch: Batch) -> tuple[NoiseLevel, Tensor]:
-        """The level of each row, float32, and noise like ``x0``; functions of the batch's keys alone."""
+        """The level of each row and noise in the shape of ``x0``, at least float32; functions of the batch's keys
+        alone."""
         keys = RowKeys.of(batch)
         noise = keys.normal("noise", x0.shape[1:])
         if self.offset_noise:
             channels = keys.normal("offset_noise", x0.shape[1:2])
             noise = noise + self.offset_noise * channels[(...,) + (None,) * (x0.ndim - 2)]
-        return self.levels(batch).to(x0.device), noise.to(x0.device, x0.dtype, non_blocking=True)
+        dtype = torch.promote_types(x0.dtype, torch.float32)
+        return self.levels(batch).upload(x0.device), upload(noise, x0.device).to(dtype)
 
     def levels(self, batch: Batch) -> NoiseLevel:
         """The level that :meth:`draw` gives each row, on the host."""
@@ -136,7 +141,7 @@ class DiffusionEngine(Engine, name="diffusion"):
         Args:
             cond: Conditions, or batch fields for the conditioner such as ``{"label": [3, 7]}``; None: none.
             shape: Of one sample in pixels; by default ``sample_shape``.
-            num: How many; by default as many as ``cond`` has rows.
+            num: How many; by default as many as ``cond`` has rows, or as there are seeds.
             seeds: One per sample, or the first of consecutive ones. A sample depends on its own seed and
                 conditions, not on the batch around it.
             sampler, guider: Instead of the engine's own.
@@ -146,12 +151,9 @@ class DiffusionEngine(Engine, name="diffusion"):
         Returns:
             ``(num, *shape)`` in the first stage's pixel range.
         """
-        was_training = self.training
-        self.eval()
-        try:
-            cond = self._conditions(cond, num)
-            rows = num or cond.num_rows or 1
-            seeds = list(range(seeds, seeds + rows)) if isinstance(seeds, int) else list(seeds)
+        with in_eval(self):
+            cond = self._conditions(cond)
+            seeds = _one_per_sample(seeds, num, cond.num_rows)
             noise = self.noise(self._latent_shape(shape), seeds)
             x0 = (sampler or self.sampler)(
                 self.denoiser,
@@ -164,23 +166,17 @@ class DiffusionEngine(Engine, name="diffusion"):
                 progress=progress,
             )
             return self.first_stage.decode(x0) if decode else x0
-        finally:
-            self.train(was_training)
 
     def noise(self, shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
         """The start of each sample: standard Gaussian, one row per seed."""
         return gaussian(seeds, shape, "start").to(self.device)
 
-    def _conditions(self, cond: Conditioning | Batch | None, num: int | None) -> Conditioning:
+    def _conditions(self, cond: Conditioning | Batch | None) -> Conditioning:
         if cond is None:
             return Conditioning()
         if isinstance(cond, Conditioning):
             return cond.to(self.device)
-        moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in cond.items()}
-        made = self.conditioner(moved)
-        if num is not None and made.num_rows not in (None, num):
-            raise ValueError(f"sample: num is {num}, but the conditions have {made.num_rows} rows.")
-        return made
+        return self.conditioner({k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in cond.items()})
 
     def _latent_shape(self, shape: Sequence[int] | None) -> tuple[int, ...]:
         shape = shape or self.sample_shape
@@ -191,22 +187,36 @@ class DiffusionEngine(Engine, name="diffusion"):
     # Keeping -------------------------------------------------------------------------------------
 
     @classmethod
-    def from_config(cls, config: str | Path | Config | Mapping[str, Any], overrides: Sequence[str] = ()) -> Engine:
-        """An engine from a YAML file (its ``engine:`` section, or the whole file) or a loaded config."""
+    def from_config(
+        cls,
+        config: str | Path | Config | Mapping[str, Any],
+        overrides: Sequence[str] = (),
+        allow_imports: bool | Sequence[str] = False,
+    ) -> Engine:
+        """An engine from a YAML file (its ``engine:`` section, or the whole file) or a loaded config.
+
+        Args:
+            overrides, allow_imports: For a file, see :func:`vdiff.registry.load_config`.
+        """
         if isinstance(config, str | Path):
-            config = load_config(config, overrides=overrides)
+            config = load_config(config, overrides=overrides, allow_imports=allow_imports)
         return build(config.get("engine", config), "engine", "engine")
 
     @classmethod
     def load(
-        cls, run: str | Path, weights: Literal["ema", "raw"] = "ema", step: int | Literal["last", "best"] = "last"
+        cls,
+        run: str | Path,
+        weights: Literal["ema", "raw"] = "ema",
+        step: int | Literal["last", "best"] = "last",
+        allow_imports: bool | Sequence[str] = False,
     ) -> Engine:
-        """The engine of a run folder, with its weights; ``engine.weights`` says which.
+        """The engine of a run folder, with its weights, in eval mode; ``engine.weights`` says which weights.
 
         Args:
             run: The folder; it holds ``config.yaml`` and ``checkpoints``.
             weights: ``ema`` (averaged, the default) or ``raw``.
             step: Of which checkpoint; ``last`` is the newest valid one.
+            allow_imports: Whether modules that the run's config names may be imported; they run code.
 
         Raises:
             FileNotFoundError: no such run or checkpoint, or it kept no averaged weights.
@@ -218,10 +228,10 @@ class DiffusionEngine(Engine, name="diffusion"):
                 f"{run} is not a run, it has no config.yaml. Make one: vdiff train CONFIG --out {run}"
             )
         tensors, folder = read_run_weights(run, weights, step)
-        engine = cls.from_config(load_config(run / "config.yaml", interpolate=False))
+        engine = cls.from_config(load_config(run / "config.yaml", interpolate=False, allow_imports=allow_imports))
         load_into(engine, tensors, where=str(folder))
         engine.weights = f"{weights} weights of {folder.name}"
-        return engine
+        return engine.eval()
 
     def save(self, file: str | Path) -> None:
         """All weights as one safetensors file; :func:`vdiff.checkpoints.load_into` reads it back."""
@@ -236,3 +246,24 @@ class DiffusionEngine(Engine, name="diffusion"):
         torch._dynamo.config.wrap_top_frame = True
         network: nn.Module = getattr(self.denoiser, "network", self.denoiser)  # type: ignore[assignment]
         nn.Module.compile(network, **options)
+
+
+def _check_rows(denoiser: Denoiser, schedule: NoiseSchedule) -> None:
+    """A network that is told rows of a table must count in the rows of this one."""
+    told = denoiser.num_rows if isinstance(denoiser, NetworkDenoiser) and denoiser.c_noise == "index" else None
+    if told is not None and schedule.num_rows not in (None, told):
+        raise ValueError(
+            f"{type(denoiser).__name__} tells its network rows of a table of {told}, and {type(schedule).__name__} has "
+            f"{schedule.num_rows}. Set denoiser.num_rows to {schedule.num_rows}."
+        )
+
+
+def _one_per_sample(seeds: int | Sequence[int], num: int | None, num_conditions: int | None) -> list[int]:
+    """Seeds for as many samples as were asked for, in whichever way."""
+    asked = {"num": num, "conditions": num_conditions, "seeds": None if isinstance(seeds, int) else len(seeds)}
+    counts = {name: count for name, count in asked.items() if count is not None}
+    if len(set(counts.values())) > 1 or min(counts.values(), default=1) < 1:
+        said = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ValueError(f"sample: these say how many samples, at least one, and must agree: {said}.")
+    rows = next(iter(counts.values()), 1)
+    return list(range(seeds, seeds + rows)) if isinstance(seeds, int) else list(seeds)

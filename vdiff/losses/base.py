@@ -48,8 +48,8 @@ class PointwiseLoss(Loss, abstract=True):
     Args:
         parameterization: The language in which the error is measured; by default the network's own.
         weighting: Of the squared error, by level.
-        mask: Name of a batch field that says what counts: 1 or 0 (or between), broadcastable to x0 from the
-            left; the mean is over what counts.
+        mask: Name of a batch field that says what counts, 1 or 0 (or between): one number per row ``(B,)`` or per
+            frame ``(B, F)``, or a tensor with the axes of x0; the mean is over what counts.
     """
 
     def __init__(
@@ -87,8 +87,7 @@ class PointwiseLoss(Loss, abstract=True):
         who = f"{type(self).__name__}: mask {name!r}"
         if name not in batch:
             raise KeyError(f"{who}: the batch has no field {name!r}. It has: {', '.join(batch)}.")
-        mask = batch[name].to(error)
-        mask = mask[(...,) + (None,) * (error.ndim - mask.ndim)]
+        mask = spread(batch[name].to(error), error)
         try:
             return mask.expand_as(error)
         except RuntimeError as cause:
@@ -99,7 +98,7 @@ class PointwiseLoss(Loss, abstract=True):
 def by_bucket(per_row: Tensor, level: NoiseLevel) -> dict[str, Tensor]:
     """The loss split by noise level: one entry per bucket of sigma / alpha, NaN for rows elsewhere."""
     ratio = level.ratio if level.t.ndim == 1 else level.ratio.mean(1)
-    bucket = sum((ratio.detach() > edge).long() for edge in BUCKETS)
+    bucket = torch.stack([ratio.detach() > edge for edge in BUCKETS]).sum(0)
     value = per_row.detach()
     nan = torch.full_like(value, float("nan"))
     edges = ("0", *(f"{edge:g}" for edge in BUCKETS), "inf")

@@ -11,6 +11,7 @@ from torch import nn
 
 from vdiff.hooks import On, Part, parts
 from vdiff.mixins.base import Mixin
+from vdiff.networks import in_eval
 from vdiff.process import Prediction
 
 
@@ -70,15 +71,11 @@ class RefModelPart(Part):
 @contextmanager
 def _mixins_off(module: nn.Module) -> Iterator[None]:
     switched = [part for part in parts(module) if part.enabled]
-    training = [child for child in module.modules() if child.training]
     for part in switched:
         part.enabled = False
-    for child in training:
-        child.training = False
     try:
-        yield
+        with in_eval(module):
+            yield
     finally:
         for part in switched:
             part.enabled = True
-        for child in training:
-            child.training = True

@@ -3,6 +3,7 @@
 from vdiff.networks.base import Network
 from vdiff.networks.embeddings import sinusoidal
 from vdiff.networks.layers import Downsample, GroupNorm, Upsample, zeroed
+from vdiff.networks.modes import in_eval
 from vdiff.networks.resblock import ResBlock
 from vdiff.networks.transformer import (
     AttentionBlock,
@@ -25,6 +26,7 @@ __all__ = [
     "SpatialTransformer",
     "UNet",
     "Upsample",
+    "in_eval",
     "sinusoidal",
     "zeroed",
 ]

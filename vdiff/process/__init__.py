@@ -11,7 +11,7 @@ from vdiff.process.discretizers import (
     TrailingDiscretizer,
     UniformDiscretizer,
 )
-from vdiff.process.level import HOST, NoiseLevel, spread
+from vdiff.process.level import HOST, NoiseLevel, spread, upload
 from vdiff.process.parameterizations import (
     EDMParameterization,
     EpsilonParameterization,
@@ -85,4 +85,5 @@ __all__ = [
     "parameterization",
     "spread",
     "stream",
+    "upload",
 ]

@@ -74,13 +74,14 @@ class Conditioning:
         return None
 
     def to(self, *args: torch.device | torch.dtype | str) -> Conditioning:
-        """Moved; a dtype applies to floating tensors only, never to masks, labels, gates or partners."""
+        """Moved; a dtype applies to floating features only: a number per row (fps, a size) stays exact, as do masks,
+        labels, gates and partners."""
         dtypes = [a for a in args if isinstance(a, torch.dtype)]
         places = [a for a in args if not isinstance(a, torch.dtype)]
 
         def move(value: Tensor, cast: bool) -> Tensor:
             value = value.to(*places) if places else value
-            return value.to(dtypes[0]) if cast and dtypes and value.is_floating_point() else value
+            return value.to(dtypes[0]) if cast and dtypes and value.is_floating_point() and value.ndim > 1 else value
 
         return Conditioning(
             {k: move(v, True) for k, v in self.tensors.items()},

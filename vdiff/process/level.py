@@ -59,6 +59,10 @@ class NoiseLevel:
     def to(self, *args: torch.device | torch.dtype | str) -> NoiseLevel:
         return NoiseLevel(*(value.to(*args) for value in self._values()))
 
+    def upload(self, device: torch.device) -> NoiseLevel:
+        """On the device, in one copy for which the host does not wait."""
+        return NoiseLevel(*upload(torch.stack(self._values()), device).unbind())
+
     def __getitem__(self, index: object) -> NoiseLevel:
         return NoiseLevel(*(value[index] for value in self._values()))
 
@@ -72,6 +76,13 @@ class NoiseLevel:
     def cat(levels: list[NoiseLevel]) -> NoiseLevel:
         """Levels one after the other along the first axis."""
         return NoiseLevel(*(torch.cat(values) for values in zip(*(n._values() for n in levels), strict=True)))
+
+
+def upload(value: Tensor, device: torch.device) -> Tensor:
+    """``value`` on the device; the host does not wait for it: CUDA copies pinned memory while work goes on."""
+    if device.type != "cuda":
+        return value.to(device)
+    return (value if value.is_cuda else value.pin_memory()).to(device, non_blocking=True)
 
 
 def spread(value: Tensor, x: Tensor) -> Tensor:

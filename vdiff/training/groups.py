@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from vdiff.conditioners import Conditioner
 from vdiff.hooks import PORT
 from vdiff.hooks import match as match_modules
 from vdiff.registry import did_you_mean
@@ -157,10 +158,11 @@ def _groups(params: list[nn.Parameter], entry: TrainGroup, optimizer: Optimizer)
 
 
 def _modes(module: nn.Module, parent: bool = True) -> list[tuple[nn.Module, bool]]:
-    """A module without parameters (dropout) goes with its parent."""
+    """A module without parameters (dropout) goes with its parent; so does a conditioner, whose training mode is
+    what drops conditions, for guidance needs that while its embedders are frozen."""
     params = list(module.parameters())
     mode = any(p.requires_grad for p in params) if params else parent
-    modes = [(module, mode)]
+    modes = [(module, parent if isinstance(module, Conditioner) else mode)]
     for child in module.children():
         modes += _modes(child, mode)
     return modes

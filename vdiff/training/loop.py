@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vdiff.data import Dataset, Loader
-from vdiff.process import forked
+from vdiff.process import forked, upload
 from vdiff.training.base import FitResult, Training
 from vdiff.training.checkpointing import Checkpointing, RunState
 from vdiff.training.ema import EMA
@@ -227,12 +227,9 @@ class Trainer(Training, name="loop"):
 
     def move(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch on the device, except for the keys of its randomness."""
-
-        def place(value: Tensor) -> Tensor:
-            pinned = value.pin_memory() if self.device.type == "cuda" else value  # only pinned copies do not wait
-            return pinned.to(self.device, non_blocking=True)
-
-        return {k: place(v) if isinstance(v, Tensor) and k not in ON_HOST else v for k, v in batch.items()}
+        return {
+            k: upload(v, self.device) if isinstance(v, Tensor) and k not in ON_HOST else v for k, v in batch.items()
+        }
 
     # Around it -----------------------------------------------------------------------------------
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vdiff.data import Dataset, Loader
+from vdiff.networks import in_eval
 from vdiff.process import forked, spread
 from vdiff.training.ema import EMA
 from vdiff.training.figures import Means
@@ -104,18 +105,6 @@ class Validation:
                 "samples": samples[order],
             }
         return titled_rows({title: images.float().cpu() for title, images in rows.items()}, low, high)
-
-
-@contextmanager
-def in_eval(engine: nn.Module) -> Iterator[None]:
-    """The engine in eval mode inside; every module's own mode is back afterwards."""
-    modes = [(module, module.training) for module in engine.modules()]
-    engine.eval()
-    try:
-        yield
-    finally:
-        for module, is_training in modes:
-            module.training = is_training
 
 
 def _rows(batch: Mapping[str, Any], size: int, num: int) -> dict[str, Any]:
