@@ -297,3 +297,28 @@ def test_a_compiled_engine_trains_and_samples_like_an_eager_one(loader):
     assert torch.allclose(got, want, rtol=1e-3)
     assert all(torch.isfinite(p.grad).all() for p in engine.parameters())
     assert (engine.sample({"label": [1, 2]}) - samples).abs().max() < 1e-3 * samples.abs().max()
+
+
+def test_joint_streams_train_together_through_the_engine():
+    """Two streams of a group, each with its own level, attend to each other once the projection has learned."""
+    from vdiff.data import collate
+    from vdiff.mixins import JointAttention
+
+    digits = Digits("test")
+    groups = [[digits[i] | {"stream": 0}, digits[i + 4] | {"stream": 1}] for i in range(2)]
+    batch = collate(groups, seed=0, step=0)
+    assert batch["partner"].tolist() == [1, 0, 3, 2]
+    engine = make(mixins={"joint": JointAttention()}).eval()
+    level = engine.levels(batch)
+    assert level.sigma[0] != level.sigma[1]
+    alone = engine({k: v for k, v in batch.items() if k != "partner"}).per_row
+    together = engine(batch).per_row
+    assert torch.equal(alone, together)  # zero-initialised: nothing yet
+    together.mean().backward()
+    optimizer = torch.optim.SGD(engine.mixins["joint"].parameters(), lr=100.0)
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in engine.mixins["joint"].parameters())
+    optimizer.step()
+    other = batch | {"partner": torch.tensor([2, 3, 0, 1])}
+    assert not torch.allclose(engine(batch).per_row, engine(other).per_row)
+    sampled = engine.sample({"label": [1, 2], "partner": torch.tensor([1, 0])}, guider=CFGGuider(2.0))
+    assert (sampled - engine.sample({"label": [1, 2]}, guider=CFGGuider(2.0))).abs().max() > 0

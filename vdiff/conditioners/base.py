@@ -62,6 +62,8 @@ class EmbedderConditioner(Conditioner, name="embedders"):
         joint_drop: Exclusive outcomes that drop several fields at once, such as
             ``[{probability: 0.05, drop: [caption]}, {probability: 0.05, drop: [caption, image]}]``
             (InstructPix2Pix, arXiv:2211.09800); on top of each embedder's own ``drop``.
+
+    A batch field ``partner`` (see :func:`vdiff.data.collate`) becomes the conditioning's ``partners``.
     """
 
     def __init__(self, embedders: Sequence[Embedder] = (), joint_drop: Sequence[dict] = ()) -> None:
@@ -104,7 +106,8 @@ class EmbedderConditioner(Conditioner, name="embedders"):
             said.setdefault(embedder.feeds, []).append(value)
             silent.setdefault(embedder.feeds, []).append(null)
         null = Conditioning({name: _join(name, parts) for name, parts in silent.items()})
-        return Conditioning({name: _join(name, parts) for name, parts in said.items()}, null=null if said else None)
+        tensors = {name: _join(name, parts) for name, parts in said.items()}
+        return Conditioning(tensors, null=null if said else None, partners=batch.get("partner"))
 
     def _dropped(self, embedder: Embedder, keys: RowKeys) -> Tensor:
         """Which rows lose this field, by their keys; bool ``(B,)`` on the host."""

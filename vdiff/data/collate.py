@@ -43,7 +43,8 @@ def collate(
 
     Returns:
         The fields of the rows, and ``noise_key``, ``position``, ``index`` (each ``(B,)`` int64), ``global_size``,
-        ``seed`` and ``step`` (integers).
+        ``seed`` and ``step`` (integers); for groups of several streams also ``partner``, ``(B,)``: the row in this
+        batch that each is sampled jointly with.
 
     Raises:
         ValueError: no groups, groups of unequal size, a field missing in some rows, shapes or types that differ,
@@ -66,7 +67,15 @@ def collate(
     )
     batch["position"] = torch.tensor([positions[g] for g in places], device="cpu")
     batch["index"] = torch.tensor([indices[g] for g in places], device="cpu")
+    if any(streams):
+        batch["partner"] = torch.tensor(_partners(places), device="cpu")
     return batch | {"global_size": global_size, "seed": seed, "step": step}
+
+
+def _partners(places: Sequence[int]) -> list[int]:
+    """For every row the next one of its group, around: the row that a joint sample attends to."""
+    size = places.count(0)
+    return [row - row % size + (row + 1) % size for row in range(len(places))]
 
 
 def noise_key(key: int, stream: int = 0) -> int:
