@@ -95,6 +95,13 @@ def test_the_same_command_continues_and_a_changed_one_is_refused(run, capsys):
     assert "engine.denoiser.sigma_data: 0.75 there, 0.5 now" in capsys.readouterr().err
 
 
+def test_a_run_folder_is_a_run_to_continue(run, capsys, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    for named in (copy, copy / "config.yaml"):
+        assert main(["train", str(named), "training.num_steps=4"]) == 0
+        assert f"{copy}: trained 4 steps" in capsys.readouterr().out
+
+
 def test_inspect_reads_runs_and_files(run, capsys):
     assert main(["inspect", str(run)]) == 0
     out = capsys.readouterr().out

@@ -322,3 +322,15 @@ def test_joint_streams_train_together_through_the_engine():
     assert not torch.allclose(engine(batch).per_row, engine(other).per_row)
     sampled = engine.sample({"label": [1, 2], "partner": torch.tensor([1, 0])}, guider=CFGGuider(2.0))
     assert (sampled - engine.sample({"label": [1, 2]}, guider=CFGGuider(2.0))).abs().max() > 0
+
+
+def test_a_negative_takes_the_place_of_the_null():
+    engine, guider = make(), CFGGuider(3.0)
+    plain = engine.sample({"label": [1, 2]}, guider=guider)
+    away = engine.sample({"label": [1, 2]}, negative={"label": [5, 5]}, guider=guider)
+    by_hand = (
+        engine.eval()
+        .conditioner({"label": torch.tensor([1, 2])})
+        .with_null(engine.conditioner({"label": torch.tensor([5, 5])}).with_(null=None))
+    )
+    assert torch.equal(away, engine.sample(by_hand, guider=guider)) and not torch.allclose(away, plain)

@@ -11,6 +11,7 @@ from vdiff.losses import (
     EpsilonWeighting,
     HuberLoss,
     L1Loss,
+    LossValues,
     MinSNRWeighting,
     MSELoss,
     SNRWeighting,
@@ -143,3 +144,9 @@ def test_buckets_share_out_the_rows():
     for name, inside in (low, high):
         assert torch.equal(~values.metrics[name].isnan(), inside)
     assert not any(v.requires_grad for v in values.metrics.values())
+
+
+@pytest.mark.parametrize("shape", [(), (2, 3)])
+def test_a_loss_is_one_value_per_row(shape):
+    with pytest.raises(ValueError, match="one value per row"):
+        LossValues(torch.zeros(shape))

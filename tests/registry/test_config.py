@@ -349,7 +349,8 @@ def test_a_file_cannot_allow_its_own_imports(lab, write):
 
 def test_an_import_that_fails_names_the_line(write):
     write("a.yaml", "a: 1\nimports: no_such_lab")
-    assert fault("a.yaml", allow_imports=True).startswith("a.yaml:2: imports: cannot import 'no_such_lab': ModuleNotFound")
+    said = fault("a.yaml", allow_imports=True)
+    assert said.startswith("a.yaml:2: imports: cannot import 'no_such_lab': ModuleNotFound")
     assert fault(write("a.yaml", "imports: {a: 1}"), allow_imports=True).startswith(
         "a.yaml:1: imports: expected a list of modules"
     )

@@ -80,3 +80,10 @@ def test_rows_without_signal_are_counted_apart():
     level.alpha[2] = 0.0
     engine.levels = lambda batch: level
     assert "(1 rows without signal)" in report(engine, {"train": Pictures()})
+
+
+def test_an_engine_that_would_sample_another_shape_is_refused():
+    engine = Engine()
+    engine.sample_shape = (1, 9, 9)
+    with pytest.raises(ValueError, match=r"shape \(1, 4, 4\) per example, the engine's sample_shape is \(1, 9, 9\)"):
+        report(engine, {"train": Pictures()})

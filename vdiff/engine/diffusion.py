@@ -128,6 +128,7 @@ class DiffusionEngine(Engine, name="diffusion"):
         cond: Conditioning | Batch | None = None,
         shape: Sequence[int] | None = None,
         *,
+        negative: Conditioning | Batch | None = None,
         num: int | None = None,
         seeds: int | Sequence[int] = 0,
         sampler: Sampler | None = None,
@@ -141,6 +142,7 @@ class DiffusionEngine(Engine, name="diffusion"):
         Args:
             cond: Conditions, or batch fields for the conditioner such as ``{"label": [3, 7]}``; None: none.
             shape: Of one sample in pixels; by default ``sample_shape``.
+            negative: What guidance moves away from instead of the conditioner's null, like ``cond``.
             num: How many; by default as many as ``cond`` has rows, or as there are seeds.
             seeds: One per sample, or the first of consecutive ones. A sample depends on its own seed and
                 conditions, not on the batch around it.
@@ -153,6 +155,8 @@ class DiffusionEngine(Engine, name="diffusion"):
         """
         with in_eval(self):
             cond = self._conditions(cond)
+            if negative is not None:
+                cond = cond.with_null(self._conditions(negative).with_(null=None))
             seeds = _one_per_sample(seeds, num, cond.num_rows)
             noise = self.noise(self._latent_shape(shape), seeds)
             x0 = (sampler or self.sampler)(

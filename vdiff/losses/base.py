@@ -31,6 +31,11 @@ class LossValues:
     per_row: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, value in {"per_row": self.per_row, **self.metrics}.items():
+            if value.ndim != 1:
+                raise ValueError(f"LossValues: {name} is one value per row, (B,); got the shape {tuple(value.shape)}.")
+
 
 class Loss(Registered, kind="loss"):
     """``loss(prediction, x0, noise, level, batch) -> LossValues``. A loss names the batch fields it reads."""

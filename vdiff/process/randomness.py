@@ -91,8 +91,8 @@ class RowKeys:
             if name not in batch:
                 raise KeyError(
                     f"this batch has no {name!r}, so its noise cannot be drawn. vdiff.data.Loader and collate give it; "
-                    "by hand: batch['noise_key'] = torch.arange(B), one integer per row, and batch['step'] = the number "
-                    f"of the training step, or every step sees the same noise. It has: {', '.join(batch)}."
+                    "by hand: batch['noise_key'] = torch.arange(B), one integer per row, and batch['step'] = the "
+                    f"number of the training step, or every step sees the same noise. It has: {', '.join(batch)}."
                 )
         keys = tuple(_ints(batch["noise_key"]))
         position = tuple(_ints(batch["position"])) if "position" in batch else tuple(_rank(keys))

@@ -47,6 +47,12 @@ def check_inputs(engine: nn.Module, datasets: Mapping[str, Dataset], batch: Mapp
         raise ValueError(f"data: the engine reads {key!r} (input_key), and batches have: {', '.join(_fields(batch))}.")
     for name, dataset in datasets.items():
         check_range(key, dataset.ranges.get(key), getattr(first_stage, "pixel_range", None), where=f"data.{name}")
+    shape = getattr(engine, "sample_shape", None)
+    if shape is not None and tuple(batch[key].shape[1:]) != tuple(shape):
+        raise ValueError(
+            f"data.train: {key!r} has the shape {tuple(batch[key].shape[1:])} per example, the engine's sample_shape is "
+            f"{tuple(shape)}. Make the two agree, or leave sample_shape out."
+        )
     if key in datasets["train"].ranges:
         check_values(key, batch[key], datasets["train"].ranges[key], where="data.train")
 
