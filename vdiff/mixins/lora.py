@@ -30,7 +30,8 @@ class LoRA(Mixin, name="lora"):
         rank: Of the difference; a number, or numbers by glob over site names, the first that fits.
         alpha: At scale 1 the difference is multiplied by alpha / rank; by default alpha is the rank.
             A number, or numbers by glob.
-        on: By default the query, key and value projections of every attention.
+        on: By default projections called ``to_q``, ``to_k`` and ``to_v``. Plain attention blocks have one for
+            all three: ``*.qkv``.
         dropout: On the input of ``A``, in training.
         name, scale: See :class:`Mixin`.
 

@@ -50,8 +50,8 @@ def check_inputs(engine: nn.Module, datasets: Mapping[str, Dataset], batch: Mapp
     shape = getattr(engine, "sample_shape", None)
     if shape is not None and tuple(batch[key].shape[1:]) != tuple(shape):
         raise ValueError(
-            f"data.train: {key!r} has the shape {tuple(batch[key].shape[1:])} per example, the engine's sample_shape is "
-            f"{tuple(shape)}. Make the two agree, or leave sample_shape out."
+            f"data.train: {key!r} has the shape {tuple(batch[key].shape[1:])} per example, the engine's sample_shape "
+            f"is {tuple(shape)}. Make the two agree, or leave sample_shape out."
         )
     if key in datasets["train"].ranges:
         check_values(key, batch[key], datasets["train"].ranges[key], where="data.train")
