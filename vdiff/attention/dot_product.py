@@ -102,8 +102,8 @@ def _torch(
 def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
     """The formula itself, in float32 at least: what the others are compared with."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype), k.to(dtype)) * scale
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype), k.to(dtype)) * factor
     if causal:
         logits = logits.masked_fill(~_causal(q, k), -torch.inf)
     if mask is not None:

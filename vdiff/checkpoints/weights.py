@@ -161,7 +161,7 @@ def sync_folder(folder: Path) -> None:
 def _bytes(tensor: Tensor) -> memoryview:
     if tensor.numel() == 0:
         return memoryview(b"")
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

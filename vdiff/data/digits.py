@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -39,7 +39,7 @@ class Digits(Dataset):
             ) from error
         if split not in ("train", "test", "all"):
             raise ValueError(f"Digits: split must be 'train', 'test' or 'all', got {split!r}.")
-        source = load_digits()
+        source = cast(Any, load_digits())
         labels = torch.from_numpy(source.target).to(torch.int64)
         images = torch.from_numpy(source.images).to(torch.float32)[:, None] / 8 - 1  # grey values 0 ... 16
         chosen = _numbers(labels.tolist(), split)

@@ -135,7 +135,7 @@ class Loader:
                 _ByStep(self),
                 sampler=order,
                 batch_size=None,  # an element is a finished batch
-                collate_fn=_as_it_is,
+                collate_fn=_as_it_is,  # type: ignore[arg-type]
                 num_workers=self.num_workers,
                 generator=generator(self.seed, "workers"),  # it would draw from the global state otherwise
             )

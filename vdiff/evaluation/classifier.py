@@ -38,7 +38,7 @@ class ClassifierAccuracy(Metric):
                 "ClassifierAccuracy: samples and both splits of the reference need labels. Draw the samples with "
                 "labels, or leave this metric out for an unconditional model."
             )
-        classifier = SVC(C=self.c, gamma=self.gamma)
+        classifier = SVC(C=self.c, gamma=self.gamma)  # type: ignore[arg-type]
         classifier.fit(_features(reference.train_images), _classes(reference.train_labels))
         return {
             "classifier_accuracy": _accuracy(classifier, samples.images, samples.labels),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import cast
 
 from torch import nn
 
@@ -27,7 +28,7 @@ def insert(sites: Iterable[tuple[str, nn.Module, Part]], who: str) -> None:
     for _, host, part in sites:
         if PORT not in host._modules:
             host.add_module(PORT, Port().train(host.training))
-        port = host._modules[PORT]
+        port = cast(Port, host._modules[PORT])
         port.add_module(part.mixin_name, part.train(host.training))
         _register(host, port)
     _forget_compiled()
@@ -36,7 +37,7 @@ def insert(sites: Iterable[tuple[str, nn.Module, Part]], who: str) -> None:
 def remove(sites: Iterable[tuple[nn.Module, Part]]) -> None:
     """Take parts away, and ports that are empty with them."""
     for host, part in sites:
-        port = host._modules[PORT]
+        port = cast(Port, host._modules[PORT])
         del port._modules[part.mixin_name]
         _register(host, port)
         if not len(port):
@@ -70,7 +71,7 @@ def _check(site: str, host: nn.Module, part: Part, who: str) -> None:
         raise ValueError(f"{where} is sharded already. Attach first, then wrap for several devices.")
     if not part.mixin_name or "." in part.mixin_name or hasattr(Port, part.mixin_name):
         raise ValueError(f"{who}: a mixin cannot be called {part.mixin_name!r}; use a plain word without dots.")
-    port = host._modules.get(PORT)
+    port = cast(Port | None, host._modules.get(PORT))
     if port is None:
         if hasattr(host, PORT):
             raise ValueError(f"{where} has an attribute {PORT!r} of its own, where vdiff keeps what is attached.")

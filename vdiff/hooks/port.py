@@ -10,8 +10,8 @@ first. The host's class, forward and existing state-dict keys stay as they are; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import ItemsView, Iterator, ValuesView
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,12 @@ class Part(nn.Module):
 
 class Port(nn.ModuleDict):
     """The parts at one module, by the name of their mixin, in the order of attachment."""
+
+    if TYPE_CHECKING:
+
+        def items(self) -> ItemsView[str, Part]: ...
+
+        def values(self) -> ValuesView[Part]: ...
 
     def __init__(self) -> None:
         super().__init__()

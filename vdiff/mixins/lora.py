@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from vdiff.hooks import On, Part
 from vdiff.mixins.base import Mixin
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -88,7 +90,8 @@ class LoRAPart(Part):
             hidden = F.linear(x, down)
             delta = F.linear(hidden * self.amount(hidden), up)
         else:
-            hidden = module._conv_forward(x, down, None)  # the host's own stride, padding and padding mode
+            # The host's own stride, padding and padding mode.
+            hidden = cast(Convolution, module)._conv_forward(x, down, None)
             delta = POINTWISE[up.ndim - 2](hidden * self.amount(hidden), up, groups=self.groups)
         return output + delta.to(output.dtype)
 
@@ -101,12 +104,12 @@ def _shapes(host: nn.Module, rank: int, where: str) -> tuple[tuple[int, ...], tu
         raise ValueError(f"{where} is the output of nn.MultiheadAttention, which never calls it; nothing would happen.")
     if isinstance(host, nn.Linear):
         return (rank, host.in_features), (host.out_features, rank), 1
-    stock = next((c for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(host, c)), None)
-    if stock is None:
+    if not isinstance(host, Convolution):
         raise ValueError(
             f"{where} is a {type(host).__name__}; LoRA goes on Linear, Conv1d, Conv2d and Conv3d. "
             "Narrow `on`; 'type:Linear' picks all linear layers."
         )
+    stock = next(c for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(host, c))
     if type(host).forward is not stock.forward:
         raise ValueError(f"{where} is a {type(host).__name__} with a forward of its own, which LoRA cannot follow.")
     if rank % host.groups:

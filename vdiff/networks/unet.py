@@ -167,7 +167,7 @@ class UNet(Network, name="unet"):
         skips, width = [channels], channels
         for level in range(levels):
             for _ in range(num_res_blocks[level]):
-                layers = [res_block(width, widths[level])]
+                layers: list[nn.Module] = [res_block(width, widths[level])]
                 width = widths[level]
                 if 2**level in attention_factors:
                     layers.append(attention(width, depths[level], disabled[level]))
@@ -183,7 +183,7 @@ class UNet(Network, name="unet"):
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(levels)):
             for i in range(num_res_blocks[level] + 1):
-                layers = [res_block(width + skips.pop(), widths[level])]
+                layers: list[nn.Module] = [res_block(width + skips.pop(), widths[level])]
                 width = widths[level]
                 if 2**level in attention_factors:
                     layers.append(attention(width, depths[level], disabled[level]))

@@ -80,7 +80,7 @@ class Conditioning:
         places = [a for a in args if not isinstance(a, torch.dtype)]
 
         def move(value: Tensor, cast: bool) -> Tensor:
-            value = value.to(*places) if places else value
+            value = value.to(*places) if places else value  # type: ignore[call-overload]
             return value.to(dtypes[0]) if cast and dtypes and value.is_floating_point() and value.ndim > 1 else value
 
         return Conditioning(

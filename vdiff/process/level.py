@@ -57,13 +57,13 @@ class NoiseLevel:
         return spread(self.alpha, x0) * x0 + spread(self.sigma, x0) * noise
 
     def to(self, *args: torch.device | torch.dtype | str) -> NoiseLevel:
-        return NoiseLevel(*(value.to(*args) for value in self._values()))
+        return NoiseLevel(*(value.to(*args) for value in self._values()))  # type: ignore[call-overload]
 
     def upload(self, device: torch.device) -> NoiseLevel:
         """On the device, in one copy for which the host does not wait."""
         return NoiseLevel(*upload(torch.stack(self._values()), device).unbind())
 
-    def __getitem__(self, index: object) -> NoiseLevel:
+    def __getitem__(self, index: Any) -> NoiseLevel:
         return NoiseLevel(*(value[index] for value in self._values()))
 
     def __len__(self) -> int:

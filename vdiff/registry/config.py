@@ -172,8 +172,11 @@ def _merge(tree: dict[str, Any], over: dict[str, Any]) -> None:
         old = tree.get(key)
         if isinstance(old, str) and isinstance(value, dict) and "type" not in value:
             old = {"type": old}  # `sampler: heun`, and then `sampler: {num_steps: 30}`
-        both = isinstance(old, dict) and isinstance(value, dict)
-        if both and ("type" not in old or value.get("type", old["type"]) == old["type"]):
+        if (
+            isinstance(old, dict)
+            and isinstance(value, dict)
+            and ("type" not in old or value.get("type", old["type"]) == old["type"])
+        ):
             tree[key] = old
             _merge(old, value)
         else:
@@ -203,7 +206,7 @@ def _override(tree: dict[str, Any], origins: Origins, override: str) -> None:
     origins[key] = None
 
 
-def _place(node: dict | list, name: str, override: str) -> str | int:
+def _place(node: dict | list, name: str, override: str) -> Any:
     if isinstance(node, dict):
         return name
     if not name.isdecimal() or int(name) >= len(node):

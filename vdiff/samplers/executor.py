@@ -162,7 +162,7 @@ def combine(
         tensor = registers[name] if name != "noise" else increments(number)  # type: ignore[misc]
         if total is None:
             total = torch.mul(tensor, coefficient)
-        elif type(coefficient) is float:
+        elif isinstance(coefficient, float):
             total.add_(tensor, alpha=coefficient)
         else:
             total = torch.addcmul(total, tensor, coefficient)

@@ -60,7 +60,7 @@ class EMA:
     def applied(self, engine: nn.Module) -> Iterator[None]:
         """The engine with averaged weights inside; its own are back afterwards, bit for bit."""
         params = dict(engine.named_parameters())
-        mine = [params[name] for name in self._average]
+        mine: list[Tensor] = [params[name] for name in self._average]
         with torch.no_grad():
             kept = [p.detach().clone() for p in mine]
             _copy(mine, list(self._average.values()))
