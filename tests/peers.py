@@ -31,3 +31,35 @@ def _open_package(name):
         package = types.ModuleType(name)
         package.__path__ = list(spec.submodule_search_locations)
         sys.modules[name] = package
+
+
+class _InFloat64:
+    """A module whose float32 is float64."""
+
+    def __init__(self, module):
+        self._module, self.float32 = module, module.float64
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
+
+def diffusers_walk(monkeypatch, scheduler, ratios, denoise, start, **options):
+    """A walk of a multistep scheduler of diffusers over these levels, in float64 where it would force float32.
+
+    ``denoise(x, ratio)`` sees and says what is of the variance-preserving frame.
+    """
+    import torch
+
+    name = f"diffusers.schedulers.scheduling_{scheduler}"
+    module = peer(name)
+    monkeypatch.setattr(module, "torch", _InFloat64(torch))
+    (kind,) = [v for k, v in vars(module).items() if k.endswith("Scheduler") and getattr(v, "__module__", "") == name]
+    theirs = kind(prediction_type="sample", **options)
+    theirs.set_timesteps(len(ratios) - 1)
+    theirs.sigmas = ratios.clone()
+    theirs.timesteps = torch.arange(len(ratios) - 1, 0, -1)
+    theirs.set_begin_index(0)
+    x = start
+    for ratio, t in zip(ratios, theirs.timesteps, strict=False):
+        x = theirs.step(denoise(x, ratio), t, x).prev_sample
+    return x

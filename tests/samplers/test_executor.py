@@ -18,6 +18,7 @@ from vdiff.process import (
     ZeroSNRSchedule,
     parameterization,
 )
+from vdiff.registry import isolated
 from vdiff.samplers import (
     CFGGuider,
     DDIMSampler,
@@ -165,8 +166,9 @@ def test_callbacks_see_every_step_and_its_preview():
     out = HeunSampler(6)(one_gaussian(), EDMSchedule(), noise(), callback=seen.append, progress=True)
     assert [s.index for s in seen] == list(range(6)) and {s.num_steps for s in seen} == {6}
     assert torch.equal(seen[-1].x, out)
+    first = next(DDIMSampler(6).steps(one_gaussian(), EDMSchedule(), noise()))
     exact = one_gaussian()(noise() * 80.0, EDMSchedule().at_ratio(torch.full((64,), 80.0, dtype=torch.float64)))
-    assert seen[0].x0.shape == out.shape and torch.isfinite(exact.x0).all()
+    assert (first.x0 - exact.x0).abs().max() < 1e-12
 
 
 def test_the_start_has_the_spread_that_was_asked_for():
@@ -247,6 +249,33 @@ def test_guidance_without_a_null_is_an_error():
         DDIMSampler(4)(Shifted(), EDMSchedule(), noise(4), conditions(), guider=CFGGuider([2.0, 3.0]))
 
 
+def test_conditions_of_another_number_of_rows_are_an_error():
+    """One row would be spread over all samples in silence."""
+    with pytest.raises(ValueError, match="conditions of 1 rows for 4 samples"):
+        DDIMSampler(4)(Shifted(), EDMSchedule(), noise(4), conditions(1))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_the_null_branch_has_the_gates_and_partners_of_the_conditions(batched):
+    """What guidance takes away is the condition, not the company; a null with its own keeps them."""
+    seen = []
+
+    class Watching(Shifted, name="watching_for_this_test"):
+        def forward(self, x_t, level, cond=None):
+            seen.append((None if cond.partners is None else cond.partners.tolist(), cond.gates["lora"].tolist()))
+            return super().forward(x_t, level, cond)
+
+    cond = conditions(2).with_(partners=torch.tensor([1, 0]), gates={"lora": torch.tensor([0.5, 0.25])})
+    own = cond.with_null(cond.null.with_(partners=torch.tensor([-1, -1])))
+    for asked, null in ((cond, [1, 0]), (own, [-1, -1])):
+        seen.clear()
+        DDIMSampler(1)(Watching(), EDMSchedule(), noise(2), asked, guider=CFGGuider(3.0, batched))
+        if batched:
+            assert seen == [([1, 0] + [p + 2 if p >= 0 else p for p in null], [0.5, 0.25, 0.5, 0.25])]
+        else:
+            assert seen == [([1, 0], [0.5, 0.25]), (null, [0.5, 0.25])]
+
+
 @pytest.mark.gpu
 def test_the_loop_never_waits_for_the_device():
     start = torch.randn(4, 8, device="cuda")
@@ -258,3 +287,14 @@ def test_the_loop_never_waits_for_the_device():
         run(start)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_plan_that_stops_early_is_refused():
+    with isolated():
+
+        class OneStepSampler(DDIMSampler):
+            def plan(self, nodes, schedule):
+                yield next(iter(super().plan(nodes, schedule)))
+
+    with pytest.raises(ValueError, match="OneStepSampler.plan ends 1 steps between 6 levels"):
+        OneStepSampler(5)(one_gaussian(), EDMSchedule(), noise())

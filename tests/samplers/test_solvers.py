@@ -227,6 +227,14 @@ def test_churn_agrees_with_k_diffusion():
     assert (got - want).abs().max() < 1e-10
 
 
+def test_churn_counts_the_steps_of_a_list_of_levels():
+    levels = KarrasDiscretizer()(EDMSchedule(), 6).ratio.tolist()
+    listed, counted = HeunSampler(churn=2.0, discretizer=ExplicitDiscretizer(ratios=levels)), HeunSampler(6, churn=2.0)
+    assert listed.num_steps == 6
+    a, b = (s(one_gaussian(), EDMSchedule(), noise(), seeds=range(64)) for s in (listed, counted))
+    assert (a - b).abs().max() < 1e-10
+
+
 def _plan_args(sampler, schedule):
     from vdiff.samplers import Node
 

@@ -39,7 +39,7 @@ class Discretizer(Registered, kind="discretizer"):
         """The levels, before it is checked that they never rise."""
 
 
-class _RatioDiscretizer(Discretizer, abstract=True):
+class RatioDiscretizer(Discretizer, abstract=True):
     """Nodes placed in ``sigma / alpha`` between two ends.
 
     Args:
@@ -56,7 +56,7 @@ class _RatioDiscretizer(Discretizer, abstract=True):
         low, high = self._ends(schedule)
         ramp = torch.linspace(0, 1, num, **HOST)
         ratios = self.nodes(ramp, low, high)
-        return schedule.at_ratio(_end_with_data(ratios) if self.denoise else ratios)
+        return schedule.at_ratio(end_with_data(ratios) if self.denoise else ratios)
 
     def _ends(self, schedule: NoiseSchedule) -> tuple[float, float]:
         high = self.sigma_max if self.sigma_max is not None else schedule(1.0).ratio.item()
@@ -84,7 +84,7 @@ class _RatioDiscretizer(Discretizer, abstract=True):
         """Ratios for a ramp from 0 (``high``) to 1 (``low``)."""
 
 
-class KarrasDiscretizer(_RatioDiscretizer):
+class KarrasDiscretizer(RatioDiscretizer):
     r"""Even in :math:`\sigma^{1/\rho}`: short steps at small noise.
 
     Args:
@@ -106,14 +106,14 @@ class KarrasDiscretizer(_RatioDiscretizer):
         return (top + ramp * (bottom - top)) ** self.rho
 
 
-class ExponentialDiscretizer(_RatioDiscretizer):
+class ExponentialDiscretizer(RatioDiscretizer):
     """Even in ``log(sigma / alpha)``; what solvers that integrate x0 in the log SNR like best."""
 
     def nodes(self, ramp: Tensor, low: float, high: float) -> Tensor:
         return torch.exp(math.log(high) + ramp * (math.log(low) - math.log(high)))
 
 
-class _TimeDiscretizer(Discretizer, abstract=True):
+class TimeDiscretizer(Discretizer, abstract=True):
     """Nodes placed in time; on a table they are rounded to its rows, as the models were trained.
 
     Args:
@@ -133,7 +133,7 @@ class _TimeDiscretizer(Discretizer, abstract=True):
                 f"{type(self).__name__}: {num_steps} steps run from t = {times[0]:.6g} to {times[-1]:.6g}; "
                 "they must begin at 1 at most, and end above 0."
             )
-        return schedule(_end_with_data(times))
+        return schedule(end_with_data(times))
 
     @abstractmethod
     def times(self, num_steps: int) -> Tensor:
@@ -144,7 +144,7 @@ class _TimeDiscretizer(Discretizer, abstract=True):
         """``num_steps`` falling rows of a table of ``num_rows``."""
 
 
-class TrailingDiscretizer(_TimeDiscretizer):
+class TrailingDiscretizer(TimeDiscretizer):
     """Even steps counted from the noisy end, which is always visited: what zero-SNR and flow models need.
 
     References:
@@ -159,7 +159,7 @@ class TrailingDiscretizer(_TimeDiscretizer):
         return places.round() - 1
 
 
-class LeadingDiscretizer(_TimeDiscretizer):
+class LeadingDiscretizer(TimeDiscretizer):
     """Even steps counted from the clean end; the noisiest level is skipped (DDIM as published).
 
     Args:
@@ -179,7 +179,7 @@ class LeadingDiscretizer(_TimeDiscretizer):
         return torch.arange(num_steps, **HOST).flip(0) * (num_rows // num_steps) + self.offset
 
 
-class LinspaceDiscretizer(_TimeDiscretizer):
+class LinspaceDiscretizer(TimeDiscretizer):
     """Both ends of the table are visited.
 
     Args:
@@ -245,5 +245,5 @@ class ExplicitDiscretizer(Discretizer):
         return schedule(self.values) if self.is_time else schedule.at_ratio(self.values)
 
 
-def _end_with_data(nodes: Tensor) -> Tensor:
+def end_with_data(nodes: Tensor) -> Tensor:
     return torch.cat([nodes, nodes.new_zeros(1)])

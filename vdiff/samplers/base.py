@@ -23,7 +23,7 @@ from vdiff.process import (
 from vdiff.registry import Registered
 from vdiff.samplers.executor import Run, SamplerStep
 from vdiff.samplers.guiders import Guided, Guider, NoneGuider
-from vdiff.samplers.noise import IidNoiseSource, NoiseSource
+from vdiff.samplers.noise import IidNoiseSource, NoiseSource, spans
 from vdiff.samplers.plan import Node, Stage
 
 
@@ -31,7 +31,7 @@ class Sampler(Registered, kind="sampler"):
     """A solver: override :meth:`plan`, and it runs under every schedule, parameterization and guider.
 
     Args:
-        num_steps: Steps of the walk.
+        num_steps: Steps of the walk; a discretizer that lists its levels knows better.
         discretizer: Which levels it visits. By default ``trailing``, or ``karras`` on a schedule without a
             table that never reaches pure noise (EDM).
         noise_source: Of stochastic samplers.
@@ -49,7 +49,7 @@ class Sampler(Registered, kind="sampler"):
     ) -> None:
         if num_steps < 1:
             raise ValueError(f"{type(self).__name__}: num_steps must be at least 1, got {num_steps}.")
-        self.num_steps = num_steps
+        self.num_steps = discretizer.num_steps if isinstance(discretizer, ExplicitDiscretizer) else num_steps
         self.discretizer = discretizer
         self.noise_source = IidNoiseSource() if noise_source is None else noise_source
         self.init = init
@@ -64,8 +64,7 @@ class Sampler(Registered, kind="sampler"):
         if discretizer is None:
             is_open = schedule.num_rows is None and math.isfinite(schedule(1.0).ratio.item())
             discretizer = KarrasDiscretizer() if is_open else TrailingDiscretizer()
-        num_steps = discretizer.num_steps if isinstance(discretizer, ExplicitDiscretizer) else self.num_steps
-        return discretizer(schedule, num_steps)
+        return discretizer(schedule, self.num_steps)
 
     def bind(
         self,
@@ -82,7 +81,13 @@ class Sampler(Registered, kind="sampler"):
         Raises:
             UndefinedParameterizationError: the denoiser says nothing at a level it would be asked at.
         """
-        stages = list(self.plan(Node.of(self.levels(schedule)), schedule))
+        levels = Node.of(self.levels(schedule))
+        stages = list(self.plan(levels, schedule))
+        if (planned := sum(stage.ends_step for stage in stages)) != len(levels) - 1:
+            raise ValueError(
+                f"{type(self).__name__}.plan ends {planned} steps between {len(levels)} levels, which are "
+                f"{len(levels) - 1} steps. Each step has one stage with ends_step=True, its last."
+            )
         nodes = [stage.node for stage in stages]
         asked = NoiseLevel(*Node.table(nodes).unbind(1))
         denoiser.check(asked, type(self).__name__)
@@ -92,7 +97,7 @@ class Sampler(Registered, kind="sampler"):
         if any("noise" in terms for stage in stages for terms in (stage.ask, stage.update)):
             if seeds is None:
                 raise ValueError(f"{type(self).__name__} draws fresh noise: give one seed per sample (seeds=[...]).")
-            increments = self.noise_source.bind(seeds, like)
+            increments = self.noise_source.along(spans(stages, levels[-1])).bind(seeds, like)
         readings = list(zip(p.tolist(), q.tolist(), strict=True))
         return Run(stages, guided, denoiser.language, readings, increments)
 

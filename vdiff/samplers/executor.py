@@ -165,7 +165,7 @@ def combine(
         elif isinstance(coefficient, float):
             total.add_(tensor, alpha=coefficient)
         else:
-            total = torch.addcmul(total, tensor, coefficient)
+            total = torch.addcmul(total, tensor, coefficient)  # type: ignore[arg-type]
     return total  # type: ignore[return-value]
 
 

@@ -39,7 +39,11 @@ class Guider(Registered, kind="guider"):
         """One entry per call of the denoiser, at these levels."""
 
     def condition(self, branch: str, cond: Conditioning) -> Conditioning:
-        """The conditions of a branch: ``cond`` and ``null`` here; guiders add their own."""
+        """The conditions of a branch: ``cond`` and ``null`` here; guiders add their own.
+
+        The null is without conditions, not without company: gates and partners are those of ``cond`` unless it has
+        its own.
+        """
         if branch == "cond":
             return cond
         if branch == "null":
@@ -48,7 +52,9 @@ class Guider(Registered, kind="guider"):
                     f"{type(self).__name__}: this conditioning has no null to guide away from. "
                     "Let the conditioner make one, or pass a negative: cond.with_null(...)."
                 )
-            return cond.null
+            null = cond.null
+            partners = cond.partners if null.partners is None else null.partners
+            return null.with_(gates={**cond.gates, **null.gates}, partners=partners)
         raise ValueError(f"{type(self).__name__}: unknown branch {branch!r}.")
 
     def combine(self, predictions: Mapping[str, Prediction], weights: Mapping[str, Tensor]) -> Prediction:
@@ -105,6 +111,8 @@ class Guided:
     ) -> None:
         self.denoiser, self.guider = denoiser, guider
         self.dtype, self.device, self.rows = like.dtype, like.device, len(like)
+        if cond.num_rows not in (None, self.rows):
+            raise ValueError(f"sampling: conditions of {cond.num_rows} rows for {self.rows} samples; each has its own.")
         guidance = guider.plan(nodes)
         self._branches = [tuple(g.weights) for g in guidance]
         assert len(guidance) == len(nodes), f"{type(guider).__name__}.plan: one entry per call"

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from vdiff.process import normal
+from vdiff.process import normal, upload
 from vdiff.registry import Registered
+from vdiff.samplers.plan import Node, Stage
 
 Increments = Callable[[int], Tensor]
 
@@ -36,6 +37,10 @@ class Drawn:
 class NoiseSource(Registered, kind="noise_source"):
     """Where a stochastic sampler's noise comes from."""
 
+    def along(self, spans: Mapping[int, tuple[float, float]]) -> NoiseSource:
+        """The source for a walk whose draws lie between these ratios, by number; by default it does not care."""
+        return self
+
     @abstractmethod
     def bind(self, seeds: Sequence[int], like: Tensor) -> Increments:
         """For a batch with one seed per row: the draw of a number, standard Gaussian, shape and place of ``like``."""
@@ -47,10 +52,25 @@ class IidNoiseSource(NoiseSource):
     def bind(self, seeds: Sequence[int], like: Tensor) -> Increments:
         if len(seeds) != len(like):
             raise ValueError(f"IidNoiseSource: {len(seeds)} seeds for {len(like)} samples.")
-        shape, pin = like.shape[1:], like.device.type == "cuda"
+        shape, dtype, device = like.shape[1:], like.dtype, like.device
 
         def draw(number: int) -> Tensor:
-            noise = gaussian(seeds, shape, "increment", number).to(like.dtype)
-            return (noise.pin_memory() if pin else noise).to(like.device, non_blocking=True)
+            return upload(gaussian(seeds, shape, "increment", number).to(dtype), device)
 
         return draw
+
+
+def spans(stages: Sequence[Stage], last: Node) -> dict[int, tuple[float, float]]:
+    """Between which ratios sigma / alpha the draws of a walk lie, by number, ``last`` its end.
+
+    Noise that an update adds belongs to the stretch of the walk since the noise before it, so that the stretches
+    of a walk never overlap. Noise that is added to go back up (churn) belongs to none.
+    """
+    levels = [stage.node.ratio for stage in stages] + [last.ratio]
+    found, begin = {}, levels[0]
+    for i, stage in enumerate(stages):
+        if "noise" in stage.update:
+            found[2 * i + 1] = (begin, levels[i + 1])
+        if "noise" in stage.update or stage.ends_step:
+            begin = levels[i + 1]
+    return found

@@ -9,12 +9,14 @@ form         step                                                               
 ============ ================================================================== =====================
 x0           :math:`x' = (\sigma'/\sigma)\,x + \sigma' \int m\,d(1/r)`            x0
 epsilon      :math:`x' = (\alpha'/\alpha)\,x + \alpha' \int m\,dr`                the noise
+velocity     :math:`x' = (S'/S)\,x + S' \int m\,d\tau`                            noise - x0
 trig         :math:`x' = (T'/T)\,x + T' \int m\,d\theta`                          :math:`dy/d\theta`
 ============ ================================================================== =====================
 
-where :math:`T^2 = \sigma^2 + \alpha^2\sigma_d^2`, :math:`\theta = \operatorname{atan}(r/\sigma_d)` and
-:math:`y = x/T`. A multistep solver puts a polynomial in some coordinate of r through stored outputs and
-integrates it; :func:`weights` does so to rounding, whatever the form, the coordinate and the levels.
+where :math:`S = \alpha + \sigma`, :math:`\tau = \sigma / S` is the time of the straight flow,
+:math:`T^2 = \sigma^2 + \alpha^2\sigma_d^2`, :math:`\theta = \operatorname{atan}(r/\sigma_d)` and :math:`y = x/T`.
+A multistep solver puts a polynomial in some coordinate of r through stored outputs and integrates it;
+:func:`weights` does so to rounding, whatever the form, the coordinate and the levels.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import numpy as np
 
 from vdiff.samplers.plan import Node, transfer
 
-FormName = Literal["x0", "epsilon", "trig"]
+FormName = Literal["x0", "epsilon", "velocity", "trig"]
 CoordinateName = Literal["log_sigma", "sigma", "sigma_root", "angle"]
 Coordinate = Callable[[np.ndarray], np.ndarray]
 Basis = Callable[[np.ndarray], np.ndarray]
@@ -64,6 +66,18 @@ class Form(ABC):
     @abstractmethod
     def density(self, log_ratio: np.ndarray, then: Node) -> np.ndarray:
         """Weight per unit of log r on the way down to ``then``."""
+
+    def is_finite_at(self, node: Node) -> bool:
+        """Whether a step from ``node`` is finite in this form."""
+        return self.starts_at_noise or math.isfinite(node.ratio)
+
+    def euler(self, now: Node, then: Node) -> dict[str, float]:
+        """The step along which the output does not change, in the names of a :class:`~vdiff.samplers.plan.Stage`."""
+        if not self.is_finite_at(now):
+            keep, gain = transfer(now, then)
+            return {"x": keep, "x0": gain}
+        (on_x, on_x0), total = self.reading(now), self.total(now, then)
+        return {"x": self.keep(now, then) + total * on_x, "x0": total * on_x0}
 
     def integral(self, basis: Basis, now: Node, then: Node) -> np.ndarray:
         """The integral of functions of r, ``(n,) -> (k, n)``, over the step; shape ``(k,)``."""
@@ -135,6 +149,24 @@ class EpsilonForm(Form):
         return -then.alpha * np.exp(log_ratio)
 
 
+class VelocityForm(Form):
+    """The velocity along the straight line from data to noise: what flow matching trains."""
+
+    def reading(self, node: Node) -> tuple[float, float]:
+        return 1.0 / node.sigma, -(node.alpha + node.sigma) / node.sigma
+
+    def keep(self, now: Node, then: Node) -> float:
+        return (then.alpha + then.sigma) / (now.alpha + now.sigma)
+
+    def total(self, now: Node, then: Node) -> float:
+        times = [node.sigma / (node.alpha + node.sigma) for node in (now, then)]
+        return (then.alpha + then.sigma) * (times[1] - times[0])
+
+    def density(self, log_ratio: np.ndarray, then: Node) -> np.ndarray:
+        ratio = np.exp(log_ratio)
+        return -(then.alpha + then.sigma) * ratio / (1 + ratio) ** 2
+
+
 class TrigForm(Form):
     r"""The velocity along the circle, EDM's own output: exact for Gaussian data of standard deviation sigma_data.
 
@@ -171,7 +203,13 @@ def form(name: FormName, eta: float = 0.0, sigma_data: float = 0.5) -> Form:
     """A form by name."""
     if eta and name != "x0":
         raise ValueError(f"fresh noise (eta = {eta}) goes with the form x0, got {name!r}.")
-    return {"x0": lambda: X0Form(eta), "epsilon": EpsilonForm, "trig": lambda: TrigForm(sigma_data)}[name]()
+    table: dict[str, Callable[[], Form]] = {
+        "x0": lambda: X0Form(eta),
+        "epsilon": EpsilonForm,
+        "velocity": VelocityForm,
+        "trig": lambda: TrigForm(sigma_data),
+    }
+    return table[name]()
 
 
 def coordinate(name: CoordinateName, rho: float = 7.0, sigma_data: float = 0.5) -> Coordinate:
@@ -223,13 +261,12 @@ def shrink(now: Node, then: Node) -> float:
 
 
 def _lagrange(coordinate: Coordinate, places: np.ndarray) -> Basis:
+    others = [[i for i in range(len(places)) if i != j] for j in range(len(places))]
+    scales = [1.0 / math.prod(places[j] - places[i] for i in others[j]) for j in range(len(places))]
+
     def basis(ratio: np.ndarray) -> np.ndarray:
-        at = coordinate(ratio)
-        rows = []
-        for j, own in enumerate(places):
-            others = np.delete(places, j)
-            rows.append(np.prod((at[None] - others[:, None]) / (own - others)[:, None], axis=0))
-        return np.stack(rows)
+        gaps = coordinate(ratio) - places[:, None]
+        return np.stack([scales[j] * math.prod(gaps[i] for i in others[j]) for j in range(len(places))])
 
     return basis
 
