@@ -234,3 +234,26 @@ def test_doctor_says_what_is_here(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"torch {torch.__version__}" in out and "sdpa" in out and "scikit-learn" in out
+
+
+def test_guidance_turns_the_runs_own_guider_and_replaces_none():
+    from types import SimpleNamespace
+
+    from vdiff.cli.sampling import _guide
+    from vdiff.samplers import CFGGuider, Guider, NoneGuider
+
+    own = CFGGuider(1.0, batched=False)
+    engine = SimpleNamespace(guider=own)
+    _guide(engine, 3.0)
+    assert engine.guider is own and own.scale == 3.0
+    engine.guider = NoneGuider()
+    _guide(engine, 2.0)
+    assert isinstance(engine.guider, CFGGuider) and engine.guider.scale == 2.0
+
+    class ScalelessGuider(Guider, abstract=True):
+        def plan(self, nodes):
+            return []
+
+    engine.guider = ScalelessGuider()
+    with pytest.raises(ValueError, match="ScalelessGuider, has no scale"):
+        _guide(engine, 2.0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracles import noise, one_gaussian
-from torch.utils._python_dispatch import TorchDispatchMode
+from walks import Counter, Idle
 
 from vdiff.denoisers import Denoiser
 from vdiff.process import (
@@ -30,25 +30,6 @@ from vdiff.samplers import (
 )
 
 SOLVERS = [EulerSampler, DDIMSampler, EulerAncestralSampler, HeunSampler, DPMpp2MSampler]
-
-
-class Idle(Denoiser):
-    """Says that everything is clean already."""
-
-    language = X0Parameterization()
-
-    def forward(self, x_t, level, cond=None):
-        return Prediction(self.language, x_t, x_t, level)
-
-
-class Counter(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def ops(sampler, steps):

@@ -16,7 +16,7 @@ from vdiff.evaluation import Reference, Samples, grid, save_figures, save_pictur
 from vdiff.evaluation import evaluate as measure
 from vdiff.process import ExplicitDiscretizer
 from vdiff.registry import Config, build, entries, load_config, lookup, signature
-from vdiff.samplers import CFGGuider, Sampler
+from vdiff.samplers import CFGGuider, NoneGuider, Sampler
 from vdiff.training import choose_device
 
 
@@ -76,7 +76,7 @@ def load_engine(arguments: argparse.Namespace) -> DiffusionEngine:
     if arguments.solver is not None or arguments.steps is not None:
         engine.sampler = resampled(engine.sampler, arguments.solver, arguments.steps)
     if arguments.guidance is not None:
-        engine.guider = CFGGuider(arguments.guidance)
+        _guide(engine, arguments.guidance)
     return engine
 
 
@@ -117,6 +117,16 @@ def draw(engine: DiffusionEngine, arguments: argparse.Namespace, labels: Tensor 
             bar.advance(task, rows)
     low, high = engine.first_stage.pixel_range
     return torch.cat(images).clamp(low, high)
+
+
+def _guide(engine: DiffusionEngine, scale: float) -> None:
+    """The run's own guider at another scale; one without a scale is not replaced behind the user's back."""
+    if isinstance(engine.guider, NoneGuider):
+        engine.guider = CFGGuider(scale)
+    elif hasattr(engine.guider, "scale"):
+        engine.guider.scale = scale  # type: ignore[attr-defined]
+    else:
+        raise ValueError(f"--guidance: this run's guider, {type(engine.guider).__name__}, has no scale.")
 
 
 def _embedders(engine: DiffusionEngine) -> list[ClassLabelEmbedder]:
