@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := outputs/digits_edm
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint docs bench clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,10 @@ test-slow: .venv/.ready
 
 lint: .venv/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+docs: .venv/.ready
+	$(BIN)/python -m sphinx -W --keep-going docs outputs/docs
+	@echo "Open outputs/docs/index.html"
 
 bench: .venv/.ready
 	$(BIN)/python benchmarks/sampler_overhead.py --out docs/benchmarks/sampler_overhead.md

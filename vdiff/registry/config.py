@@ -70,7 +70,7 @@ class Config(Mapping):
         return self._origins.get(path)
 
     def where(self, path: str) -> str:
-        """``file:line: `` of the entry at a full dotted path, or nothing for an override."""
+        """``file:line:`` of the entry at a full dotted path, or nothing for an override."""
         origin = self._origin(path)
         return f"{_short(origin[0])}:{origin[1]}: " if origin else ""
 
