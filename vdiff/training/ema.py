@@ -70,6 +70,10 @@ class EMA:
             with torch.no_grad():
                 _copy(mine, kept)
 
+    def to(self, device: torch.device) -> None:
+        """Move the average to where the weights are."""
+        self._average = {name: value.to(device) for name, value in self._average.items()}
+
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self._average)
 
