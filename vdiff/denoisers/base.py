@@ -33,6 +33,10 @@ class Denoiser(Registered, nn.Module, kind="denoiser"):
     def forward(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning | None = None) -> Prediction:
         """What it says about ``x_t`` of shape ``(B, ...)`` at ``level`` of shape ``(B,)`` or ``(B, F)``."""
 
+    def prepared(self, cond: Conditioning) -> Conditioning:
+        """The conditions as they are taken in; a run does this once, so that its calls need not."""
+        return cond
+
     def check(self, level: NoiseLevel, where: str) -> None:
         """Refuse levels at which its predictions mean nothing. ``level`` is on the host.
 
@@ -61,12 +65,21 @@ class NetworkDenoiser(Denoiser, abstract=True):
 
     def forward(self, x_t: Tensor, level: NoiseLevel, cond: Conditioning | None = None) -> Prediction:
         cond = Conditioning() if cond is None else cond
-        dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), x_t.dtype)
+        dtype = self.dtype or x_t.dtype
         scaled = self.scale_input(x_t, level).to(dtype)
         told = cond.with_(null=None).to(dtype)
         with routed(self.network, cond, rows=len(x_t)):
             value = self.network(scaled, self.noise_input(level), told)
         return Prediction(self.language, value.to(x_t.dtype), x_t, level)
+
+    def prepared(self, cond: Conditioning) -> Conditioning:
+        """Cast to what the network computes in."""
+        return cond if self.dtype is None else cond.to(self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the network computes in; None if it has no weights."""
+        return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), None)
 
     def scale_input(self, x_t: Tensor, level: NoiseLevel) -> Tensor:
         """What the network sees; by default ``x_t`` as it is."""

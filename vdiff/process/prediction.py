@@ -7,7 +7,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from vdiff.process.level import NoiseLevel
-from vdiff.process.parameterizations import EpsilonParameterization, Parameterization, parameterization
+from vdiff.process.parameterizations import (
+    EpsilonParameterization,
+    Parameterization,
+    X0Parameterization,
+    parameterization,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +25,8 @@ class Prediction:
         x_t: The noisy sample, in float32 or float64.
         level: Its noise level, ``(B,)`` or ``(B, F)``.
         reference: What a reference policy says about the same ``x_t``, if one is attached.
-        renoise: A second direction for guiders that add other noise than they removed (CFG++).
+        renoise: The clean sample whose noise goes on, where that is another than this prediction's (CFG++): solvers
+            then take x0 from here and the noise from there.
     """
 
     language: Parameterization
@@ -41,6 +47,8 @@ class Prediction:
     @property
     def x0(self) -> Tensor:
         """The clean sample it sees."""
+        if isinstance(self.language, X0Parameterization):
+            return self.value
         p, q = self.language.reading(self.level.like(self.x_t))
         return p * self.x_t + q * self.value
 

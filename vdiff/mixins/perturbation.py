@@ -1,0 +1,200 @@
+r"""Perturbations: a network disturbed on purpose, in the rows of a batch that ask for it.
+
+What a disturbed network says is worse in a telling way, and guidance moves away from it
+(:class:`~vdiff.samplers.PerturbedGuider`). A perturbation acts where its gate is 1 (between 0 and 1 in part) and
+nowhere else: rows with gate 0, and calls without a gate such as those of training, are as without it, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vdiff.hooks import On, Part
+from vdiff.mixins.base import Mixin
+
+
+class PerturbationPart(Part):
+    """Between what the host says and something worse, row by row as the gate says."""
+
+    @abstractmethod
+    def worse(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """What a disturbed host returns; shaped as ``output``."""
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if self.gate is None:
+            return output
+        worse = self.worse(module, args, kwargs, output)
+        if isinstance(output, Tensor):
+            return self.between(output, worse)
+        return type(output)(self.between(o, w) for o, w in zip(output, worse, strict=True))
+
+    def between(self, value: Tensor, worse: Tensor) -> Tensor:
+        """Exactly ``value`` at 0 and ``worse`` at 1."""
+        return torch.lerp(value, worse.to(value.dtype), self.amount(value))
+
+
+class PAG(Mixin, name="pag"):
+    """Perturbed attention: every token attends to itself alone, the attention map is the identity.
+
+    Args:
+        on: Self-attention that keeps its values in ``to_v`` and its output in ``to_out``, or else takes ``mask=`` and
+            hands it to :func:`vdiff.attention.attend`.
+        name, scale: See :class:`Mixin`.
+
+    References:
+        Ahn et al., arXiv:2403.17377, eq. 14; they choose the layers in the middle of the network.
+    """
+
+    def __init__(self, on: On = "role:self_attention", name: str | None = None, scale: float = 1.0) -> None:
+        super().__init__(on, name, scale)
+
+    def part(self, module: nn.Module, site: str) -> PAGPart:
+        return PAGPart()
+
+
+class PAGPart(PerturbationPart):
+    def worse(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        x = _input(args, kwargs)
+        if hasattr(module, "to_v") and hasattr(module, "to_out"):
+            return module.to_out(module.to_v(x))  # type: ignore[operator]
+        num = math.prod(x.shape[2:])  # a feature map, whose pixels are normalised together
+        own = torch.eye(num, dtype=torch.bool, device=x.device)[None, None]
+        return module.forward(x, mask=own)  # not called: this part stays out of it
+
+
+class SEG(Mixin, name="seg"):
+    r"""Smoothed energy: queries blurred over the picture by a Gaussian, keys and values as they are.
+
+    Args:
+        blur: Standard deviation of the Gaussian in tokens; infinite: all queries are their mean, which the paper
+            found to work well and costs least.
+        grid: Height and width of the picture in tokens, which come line by line, and frame by frame if there are
+            several pictures in a row of the batch. By default tokens are one square picture.
+        on: Self-attention with linear queries, ``to_q``, that takes ``context=``.
+        name, scale: See :class:`Mixin`.
+
+    References:
+        Hong, arXiv:2408.00760, section 4.
+    """
+
+    def __init__(
+        self,
+        blur: float = math.inf,
+        grid: tuple[int, int] | None = None,
+        on: On = "role:self_attention",
+        name: str | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__(on, name, scale)
+        if blur <= 0:
+            raise ValueError(f"SEG: blur must be positive, got {blur}.")
+        self.blur, self.grid = blur, grid
+
+    def part(self, module: nn.Module, site: str) -> SEGPart:
+        if not hasattr(module, "to_q"):
+            raise ValueError(
+                f"SEG: {site!r} ({type(module).__name__}) has no queries of its own (to_q) to blur. Narrow `on`, or "
+                "use PAG, which goes on every self-attention."
+            )
+        return SEGPart(self.blur, self.grid)
+
+
+class SEGPart(Part):
+    """Queries are linear in their input, so to blur them is to ask from a blurred input."""
+
+    def __init__(self, blur: float, grid: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.blur, self.grid = blur, grid
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if self.gate is None:
+            return args, kwargs
+        x = _input(args, kwargs)
+        rest = {name: value for name, value in kwargs.items() if name not in ("x", "context")}
+        if any(value is not None for value in (*args[1:], kwargs.get("context"))):
+            raise ValueError(f"SEG: a {type(module).__name__} was called with a context; it is for self-attention.")
+        asking = torch.lerp(x, self._blurred(x), self.amount(x))
+        return (asking,), {**rest, "context": x}
+
+    def _blurred(self, x: Tensor) -> Tensor:
+        height, width = self.grid or (math.isqrt(x.shape[1]),) * 2
+        if x.shape[1] % (height * width) or (self.grid is None and height * width != x.shape[1]):
+            raise ValueError(
+                f"SEG: {x.shape[1]} tokens are no pictures of {height} by {width}. Say how they lie: SEG(grid=(h, w))."
+            )
+        tokens = x.unflatten(1, (-1, height, width))
+        if math.isinf(self.blur):
+            return tokens.mean((2, 3), keepdim=True).expand_as(tokens).flatten(1, 3)
+        rows, columns = (_blur(size, self.blur, x) for size in (height, width))
+        return torch.einsum("hi,wj,bfijc->bfhwc", rows, columns, tokens).flatten(1, 3)
+
+
+class SkipLayer(Mixin, name="skip_layer"):
+    """Layers left out: skip-layer and spatiotemporal skip guidance.
+
+    Args:
+        on: Layers, for example some ``["*.blocks.7", "*.blocks.8"]``; by default all transformer blocks, which is
+            more than anybody wants.
+        returns: What a left-out layer says: its own ``input`` (a block with its residual inside), or ``nothing``, zeros
+            (a branch that is added to a residual outside).
+        name, scale: See :class:`Mixin`.
+
+    References:
+        Hyung et al., arXiv:2411.18664, section 4; Stability AI, Stable Diffusion 3.5 (layers 7, 8 and 9 of medium).
+    """
+
+    def __init__(
+        self,
+        on: On = "role:transformer_block",
+        returns: Literal["input", "nothing"] = "input",
+        name: str | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__(on, name, scale)
+        if returns not in ("input", "nothing"):
+            raise ValueError(f"SkipLayer: returns must be 'input' or 'nothing', got {returns!r}.")
+        self.returns = returns
+
+    def part(self, module: nn.Module, site: str) -> SkipLayerPart:
+        return SkipLayerPart(self.returns)
+
+
+class SkipLayerPart(PerturbationPart):
+    def __init__(self, returns: str) -> None:
+        super().__init__()
+        self.returns = returns
+
+    def worse(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        outputs = (output,) if isinstance(output, Tensor) else output
+        given = [*args, *kwargs.values()][: len(outputs)]  # a block of two streams returns both, in the order given
+        if self.returns == "nothing":
+            worse = [torch.zeros_like(value) for value in outputs]
+        else:
+            for value, own in zip(outputs, given, strict=True):
+                if not isinstance(own, Tensor) or own.shape != value.shape:
+                    raise ValueError(
+                        f"SkipLayer: a {type(module).__name__} returns {tuple(value.shape)} for an input of another "
+                        "shape and cannot be left out. Narrow `on`, or set returns='nothing'."
+                    )
+            worse = given
+        return worse[0] if isinstance(output, Tensor) else worse
+
+
+def _input(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["x"]
+
+
+def _blur(size: int, std: float, like: Tensor) -> Tensor:
+    """The Gaussian blur of a line, reflected at its ends, as a matrix ``(size, size)`` whose rows sum to 1."""
+    reach = math.ceil(6 * std) // 2  # a kernel of the odd length next to 6 std, as the authors'
+    offsets = torch.arange(-reach, reach + 1, device=like.device)
+    weights = torch.exp(-0.5 * (offsets / std) ** 2).to(like.dtype)
+    places = (torch.arange(size, device=like.device)[:, None] + offsets) % max(1, 2 * (size - 1))
+    places = torch.minimum(places, max(1, 2 * (size - 1)) - places) if size > 1 else torch.zeros_like(places)
+    return (F.one_hot(places, size).to(like.dtype) * (weights / weights.sum())[:, None]).sum(1)
