@@ -22,7 +22,9 @@ class Discretizer(Registered, kind="discretizer"):
     """The levels of a run."""
 
     def __call__(self, schedule: NoiseSchedule, num_steps: int) -> NoiseLevel:
-        """``num_steps + 1`` levels from most noise to least, shape ``(num_steps + 1,)``, float64 on the host.
+        """``num_steps + 1`` levels from most noise to least, float64 on the host.
+
+        Shape ``(num_steps + 1,)``, or ``(num_steps + 1, F)`` where the levels differ by frame.
 
         Raises:
             ValueError: the schedule does not have these levels.
@@ -30,7 +32,7 @@ class Discretizer(Registered, kind="discretizer"):
         if num_steps < 1:
             raise ValueError(f"{type(self).__name__}: needs at least one step, got {num_steps}.")
         levels = self.levels(schedule, num_steps)
-        if not (levels.ratio.diff() <= 0).all():
+        if not (levels.ratio[1:] <= levels.ratio[:-1]).all():
             raise ValueError(f"{type(self).__name__}: sigma / alpha must never rise, got {levels.ratio.tolist()}.")
         return levels
 
@@ -219,16 +221,21 @@ class ExplicitDiscretizer(Discretizer):
 
     Args:
         ratios: Falling values of ``sigma / alpha``, the end included; or
-        times: Falling times, the end included.
+        times: Falling times, the end included. Of either, a list of lists gives the levels of all frames, level by
+            level: ``[[1, 1], [0.5, 1], [0, 0.5], [0, 0]]``.
     """
 
-    def __init__(self, ratios: Sequence[float] | None = None, times: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        ratios: Sequence[float] | Sequence[Sequence[float]] | None = None,
+        times: Sequence[float] | Sequence[Sequence[float]] | None = None,
+    ) -> None:
         if (ratios is None) == (times is None):
             raise ValueError("ExplicitDiscretizer: give ratios or times, one of them.")
         values = torch.as_tensor(ratios if times is None else times, **HOST)
         highest = math.inf if times is None else 1.0
-        is_falling = values.ndim == 1 and len(values) > 1 and (values.diff() <= 0).all()
-        if not is_falling or not (0 <= values[-1] and values[0] <= highest):
+        is_falling = values.ndim in (1, 2) and len(values) > 1 and (values[1:] <= values[:-1]).all()
+        if not is_falling or not (0 <= values[-1].min() and values[0].max() <= highest):
             raise ValueError(
                 f"ExplicitDiscretizer: needs two or more values falling from at most {highest} to at least 0, "
                 f"got {values.tolist()}."

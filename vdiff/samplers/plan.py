@@ -57,6 +57,13 @@ class Node:
         """Nodes as the rows of a tensor on the host, ``(N, 5)``, float64."""
         return torch.tensor([[n.t, n.alpha, n.sigma, n.d_alpha, n.d_sigma] for n in nodes], **HOST)
 
+    @staticmethod
+    def columns(levels: NoiseLevel) -> list[list[Node]]:
+        """The levels of a walk frame by frame, from ``(N, F)``; a single list from ``(N,)``."""
+        if levels.t.ndim < 2:
+            return [Node.of(levels)]
+        return [Node.of(levels[:, f]) for f in range(levels.t.shape[1])]
+
 
 @dataclass(frozen=True)
 class Stage:

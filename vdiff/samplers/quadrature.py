@@ -273,7 +273,7 @@ def _lagrange(coordinate: Coordinate, places: np.ndarray) -> Basis:
 
 def _panels(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
     """Points and masses of a rule on [low, high], on panels at most one wide."""
-    edges = np.linspace(low, high, max(1, math.ceil(high - low)) + 1)
+    edges = np.linspace(low, high, max(1, math.ceil(abs(high - low))) + 1)
     half = np.diff(edges) / 2
     points = (edges[:-1] + half)[:, None] + half[:, None] * _LEGENDRE[0]
     return points.ravel(), (half[:, None] * _LEGENDRE[1]).ravel()
