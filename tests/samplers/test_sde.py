@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracles import SCHEDULES, noise, one_gaussian, two_gaussians
 from peers import peer
+from spreads import STD, spread_error
 from walks import calls_and_kernels, is_one_graph
 
 from vdiff.denoisers import GaussianDenoiser
@@ -18,7 +19,7 @@ from vdiff.process import (
     KarrasDiscretizer,
     ZeroSNRSchedule,
 )
-from vdiff.registry import build, isolated
+from vdiff.registry import build
 from vdiff.samplers import (
     ABSampler,
     BrownianNoiseSource,
@@ -32,7 +33,6 @@ from vdiff.samplers import (
     DPMppSDESampler,
     EulerAncestralSampler,
     Node,
-    NoiseSource,
     SASampler,
 )
 
@@ -50,35 +50,9 @@ TWO_CALLS = {"dpm_2_ancestral": DPM2AncestralSampler, "dpmpp_2s_ancestral": DPMp
 every = pytest.mark.parametrize("name", SOLVERS)
 SEEDS = list(range(16))
 RATIOS = [20.0, 8.0, 3.0, 1.1, 0.4, 0.1, 0.0]
-STD = 0.5
 
 
 # The spread of the samples -------------------------------------------------------------------------
-
-
-with isolated():
-
-    class OneHotNoiseSource(NoiseSource):
-        """Draw ``n`` is 1 in row ``n + 1`` and 0 elsewhere; row 0 is for the start."""
-
-        def bind(self, seeds, like):
-            def draw(number):
-                out = torch.zeros_like(like)
-                out[number + 1] = 1.0
-                return out
-
-            return draw
-
-
-def spread_error(solver, num_steps, std=STD):
-    """Percent by which the spread of the samples is off, exactly: for Gaussian data all is linear in the noise."""
-    schedule = EDMSchedule()
-    sampler = solver(num_steps=num_steps, discretizer=KarrasDiscretizer(), noise_source=OneHotNoiseSource(), init=std)
-    rows = 2 * len(list(sampler.plan(Node.of(sampler.levels(schedule)), schedule))) + 2
-    start = torch.zeros(rows, 1, dtype=torch.float64)
-    start[0] = 1
-    x = sampler(GaussianDenoiser(0.0, std), schedule, start, seeds=range(rows))
-    return 100 * (x.pow(2).sum().sqrt().item() / std - 1)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Solvers that look into the middle of a step: order, frames, ends, peers on the same levels."""
+"""Solvers that look into the middle of a step: ends, peers on the same levels."""
 
 import functools
 import math
@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from oracles import SCHEDULES, noise, one_gaussian, two_gaussians
-from orders import PROBLEMS, order
 from peers import peer
 from walks import calls_and_kernels, is_one_graph
 
@@ -53,29 +52,6 @@ STOCHASTIC = {
 }
 every = pytest.mark.parametrize("name", SOLVERS)
 SEEDS = list(range(16))
-
-
-@pytest.mark.parametrize("schedule", ["edm", "cosine", "flow"])
-@pytest.mark.parametrize("problem", PROBLEMS)
-@every
-def test_the_measured_order_is_two(name, problem, schedule):
-    assert order(SOLVERS[name], SCHEDULES[schedule], problem, 64, has_history=False) == pytest.approx(2, abs=0.15)
-
-
-@every
-def test_all_frames_give_the_same_samples(name):
-    levels = ExplicitDiscretizer(ratios=[20.0, 8.0, 3.0, 1.1, 0.4, 0.1, 0.0])
-    sampler = SOLVERS[name](num_steps=6, discretizer=levels)
-    first, *others = (sampler(one_gaussian(), s, noise(16)) for s in SCHEDULES.values())
-    assert all((other - first).abs().max() < 1e-12 for other in others)
-
-
-@pytest.mark.parametrize("name", ["dpm_2_ancestral", "dpmpp_2s_ancestral", "euler_ancestral_flow", "ddpm"])
-def test_all_frames_give_the_same_samples_with_the_same_fresh_noise(name):
-    levels = ExplicitDiscretizer(ratios=[20.0, 8.0, 3.0, 1.1, 0.4, 0.1, 0.0])
-    sampler = STOCHASTIC[name](num_steps=6, discretizer=levels)
-    first, *others = (sampler(one_gaussian(), s, noise(16), seeds=SEEDS) for s in SCHEDULES.values())
-    assert all((other - first).abs().max() < 1e-12 for other in others)
 
 
 @every

@@ -44,14 +44,17 @@ class ConsistencySampler(Sampler):
             yield Stage(now, {"x0": then.alpha} | ({"noise": fresh} if fresh else {}))
 
 
-class LCMSampler(ConsistencySampler, name="lcm"):
-    """Latent consistency models, on flow schedules too: to data in one call, then back up with fresh noise.
+class LCMSampler(ConsistencySampler, name="lcm", aliases=("trigflow",)):
+    r"""Latent consistency models, on flow schedules too: to data in one call, then back up with fresh noise.
+
+    In the angle that is sCM's sampler: :math:`x' = \cos\theta'\,x_0 + \sin\theta'\,\sigma_d z` with
+    :math:`x_0 = \cos\theta\,x - \sin\theta\,\sigma_d F`, which the denoiser makes of its network's F.
 
     Args:
         num_steps, discretizer, noise_source, init: See :class:`Sampler`.
 
     References:
-        Luo et al., arXiv:2310.04378, algorithm 3.
+        Luo et al., arXiv:2310.04378, algorithm 3; Lu & Song, arXiv:2410.11081, section 2 (``trigflow``).
     """
 
     def __init__(

@@ -13,21 +13,18 @@ from vdiff.samplers.noise import NoiseSource
 from vdiff.samplers.plan import Node, Stage, ancestral, transfer
 
 
-class DDIMSampler(Sampler):
-    """DDIM: exact where x0 does not change.
+class AncestralSampler(Sampler, abstract=True):
+    """A step to less noise than wanted, and fresh noise for the rest.
 
     Args:
-        eta: Fresh noise: 0 is the probability flow, 1 as much as DDPM.
+        eta: Share of fresh noise: 0 is the probability flow, 1 as much as DDPM.
         num_steps, discretizer, noise_source, init: See :class:`Sampler`.
-
-    References:
-        Song et al., arXiv:2010.02502, eq. 12 and 16.
     """
 
     def __init__(
         self,
         num_steps: int = 30,
-        eta: float = 0.0,
+        eta: float = 1.0,
         discretizer: Discretizer | None = None,
         noise_source: NoiseSource | None = None,
         init: Literal["sigma", "vp"] | float = "sigma",
@@ -44,18 +41,25 @@ class DDIMSampler(Sampler):
             yield Stage(now, {"x": keep, "x0": gain} | ({"noise": fresh} if fresh else {}))
 
 
-class EulerAncestralSampler(DDIMSampler, aliases=("euler_a",)):
-    """Euler ancestral: DDIM with eta 1, under the name k-diffusion gave it.
+class EulerAncestralSampler(AncestralSampler, aliases=("euler_a",)):
+    """Euler ancestral: DDIM with eta 1, under the name k-diffusion gave it."""
+
+
+class DDIMSampler(AncestralSampler):
+    """DDIM: exact where x0 does not change.
 
     Args:
-        eta: Share of fresh noise.
+        eta: Fresh noise: 0 is the probability flow, 1 as much as DDPM.
         num_steps, discretizer, noise_source, init: See :class:`Sampler`.
+
+    References:
+        Song et al., arXiv:2010.02502, eq. 12 and 16.
     """
 
     def __init__(
         self,
         num_steps: int = 30,
-        eta: float = 1.0,
+        eta: float = 0.0,
         discretizer: Discretizer | None = None,
         noise_source: NoiseSource | None = None,
         init: Literal["sigma", "vp"] | float = "sigma",

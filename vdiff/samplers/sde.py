@@ -8,8 +8,8 @@ from itertools import pairwise
 from typing import Literal
 
 from vdiff.process import Discretizer, NoiseSchedule
-from vdiff.samplers.base import Sampler
 from vdiff.samplers.dpmpp import X0MultistepSampler, halved_second_difference, two_node_weights
+from vdiff.samplers.euler import AncestralSampler
 from vdiff.samplers.noise import NoiseSource
 from vdiff.samplers.plan import Node, Stage, ancestral, transfer
 from vdiff.samplers.quadrature import Form
@@ -108,7 +108,7 @@ class SASampler(X0MultistepSampler, name="sa"):
         )
 
 
-class DPMppSDESampler(Sampler, name="dpmpp_sde"):
+class DPMppSDESampler(AncestralSampler, name="dpmpp_sde"):
     r"""``dpmpp_2s`` with fresh noise in the middle and at the end of a step, both of one Brownian path.
 
     The noise over a whole step is that of its first half, read off the state the network saw there, together with
@@ -122,19 +122,6 @@ class DPMppSDESampler(Sampler, name="dpmpp_sde"):
     References:
         Crowson, k-diffusion, after Lu et al., arXiv:2211.01095.
     """
-
-    def __init__(
-        self,
-        num_steps: int = 30,
-        eta: float = 1.0,
-        discretizer: Discretizer | None = None,
-        noise_source: NoiseSource | None = None,
-        init: Literal["sigma", "vp"] | float = "sigma",
-    ) -> None:
-        super().__init__(num_steps, discretizer, noise_source, init)
-        if eta < 0:
-            raise ValueError(f"{type(self).__name__}: eta must not be negative, got {eta}.")
-        self.eta = eta
 
     def plan(self, nodes: Sequence[Node], schedule: NoiseSchedule) -> Iterable[Stage]:
         for now, then in pairwise(nodes):

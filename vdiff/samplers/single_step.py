@@ -9,7 +9,7 @@ from typing import Literal
 
 from vdiff.process import Discretizer, NoiseSchedule
 from vdiff.samplers.base import Sampler
-from vdiff.samplers.euler import ChurnSampler
+from vdiff.samplers.euler import AncestralSampler, ChurnSampler
 from vdiff.samplers.noise import NoiseSource
 from vdiff.samplers.plan import Node, Stage, ancestral, transfer
 from vdiff.samplers.quadrature import EpsilonForm, Form, X0Form
@@ -82,28 +82,10 @@ class DPMpp2SSampler(Sampler, name="dpmpp_2s"):
             yield from midpoint(X0Form(), now, then, schedule)
 
 
-class _AncestralSampler(Sampler, abstract=True):
-    """A step to less noise than wanted, and fresh noise for the rest.
-
-    Args:
-        eta: Share of fresh noise: 0 is the probability flow, 1 as much as DDPM.
-        num_steps, discretizer, noise_source, init: See :class:`Sampler`.
-    """
+class _MidpointAncestralSampler(AncestralSampler, abstract=True):
+    """The midpoint to less noise than wanted, and fresh noise for the rest."""
 
     form: Form
-
-    def __init__(
-        self,
-        num_steps: int = 30,
-        eta: float = 1.0,
-        discretizer: Discretizer | None = None,
-        noise_source: NoiseSource | None = None,
-        init: Literal["sigma", "vp"] | float = "sigma",
-    ) -> None:
-        super().__init__(num_steps, discretizer, noise_source, init)
-        if eta < 0:
-            raise ValueError(f"{type(self).__name__}: eta must not be negative, got {eta}.")
-        self.eta = eta
 
     def plan(self, nodes: Sequence[Node], schedule: NoiseSchedule) -> Iterable[Stage]:
         for now, then in pairwise(nodes):
@@ -111,24 +93,22 @@ class _AncestralSampler(Sampler, abstract=True):
             yield from midpoint(self.form, now, down, schedule, fresh=fresh)
 
 
-class DPM2AncestralSampler(_AncestralSampler, name="dpm_2_ancestral", aliases=("dpm_2_a",)):
+class DPM2AncestralSampler(_MidpointAncestralSampler, name="dpm_2_ancestral", aliases=("dpm_2_a",)):
     """``dpm_2`` to less noise than wanted, and fresh noise for the rest (Crowson, k-diffusion)."""
 
     form = EpsilonForm()
 
 
-class DPMpp2SAncestralSampler(_AncestralSampler, name="dpmpp_2s_ancestral", aliases=("dpmpp_2s_a",)):
+class DPMpp2SAncestralSampler(_MidpointAncestralSampler, name="dpmpp_2s_ancestral", aliases=("dpmpp_2s_a",)):
     """``dpmpp_2s`` to less noise than wanted, and fresh noise for the rest (Crowson, k-diffusion)."""
 
     form = X0Form()
 
 
-class EulerAncestralFlowSampler(_AncestralSampler, name="euler_ancestral_flow"):
+class EulerAncestralFlowSampler(AncestralSampler, name="euler_ancestral_flow"):
     r"""Euler ancestral as flow models know it: with :math:`\tau = \sigma/(\alpha+\sigma)` it steps down to
     :math:`\tau'(1 + \eta(\tau'/\tau - 1))`. Another meaning of eta than in ``euler_ancestral``, and other samples.
     """
-
-    form = X0Form()
 
     def plan(self, nodes: Sequence[Node], schedule: NoiseSchedule) -> Iterable[Stage]:
         for now, then in pairwise(nodes):
@@ -136,7 +116,7 @@ class EulerAncestralFlowSampler(_AncestralSampler, name="euler_ancestral_flow"):
             low = after * (1 + self.eta * (after / before - 1)) if before else 0.0
             ratio = low / (1 - low) if low < 1 else math.inf
             down = Node(then.t, then.alpha, then.alpha * ratio if math.isfinite(ratio) else then.sigma)
-            fresh = math.sqrt(max(0.0, then.sigma**2 - down.sigma**2))
+            fresh = math.sqrt(max(0.0, then.sigma**2 - down.sigma**2)) if self.eta else 0.0
             keep, gain = transfer(now, down)
             yield Stage(now, {"x": keep, "x0": gain} | ({"noise": fresh} if fresh else {}))
 
