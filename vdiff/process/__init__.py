@@ -11,6 +11,7 @@ from vdiff.process.discretizers import (
     TrailingDiscretizer,
     UniformDiscretizer,
 )
+from vdiff.process.discretizers_by_frame import KnownFramesDiscretizer, PyramidDiscretizer, RollingDiscretizer
 from vdiff.process.discretizers_in_ratio import (
     AYSDiscretizer,
     BetaSigmaDiscretizer,
@@ -26,6 +27,7 @@ from vdiff.process.discretizers_in_time import (
     SGMUniformDiscretizer,
     SimpleDiscretizer,
 )
+from vdiff.process.gits import GITSDiscretizer
 from vdiff.process.level import HOST, NoiseLevel, spread, upload
 from vdiff.process.parameterizations import (
     EDMParameterization,
@@ -74,7 +76,9 @@ __all__ = [
     "ExponentialDiscretizer",
     "FlowDiscretizer",
     "FlowSchedule",
+    "GITSDiscretizer",
     "KarrasDiscretizer",
+    "KnownFramesDiscretizer",
     "LeadingDiscretizer",
     "LinearQuadraticDiscretizer",
     "LinearSchedule",
@@ -86,7 +90,9 @@ __all__ = [
     "NormalDiscretizer",
     "Parameterization",
     "PolyexponentialDiscretizer",
+    "PyramidDiscretizer",
     "Prediction",
+    "RollingDiscretizer",
     "RowKeys",
     "SGMUniformDiscretizer",
     "ScaledLinearSchedule",
