@@ -38,6 +38,28 @@ def inspect(arguments: argparse.Namespace) -> int:
     for key, value in read_metadata(path).items() if path.suffix == ".safetensors" else ():
         print(f"{key}: {value[:200]}")
     census(tensors, arguments.depth)
+    if arguments.keys:
+        for name, value in tensors.items():
+            print(f"    {name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}")
+    if arguments.against:
+        return _compare(tensors, arguments)
+    return 0
+
+
+def _compare(tensors: dict[str, Tensor], arguments: argparse.Namespace) -> int:
+    """Whether the file fills what a config describes, built without memory; 1 if not, with the difference."""
+    from vdiff.checkpoints import MismatchError, load_into
+    from vdiff.engine import DiffusionEngine
+
+    config = load_config(arguments.against, allow_imports=arguments.allow_imports)
+    with torch.device("meta"):
+        target = DiffusionEngine.from_config(config).get_submodule(arguments.slot)
+    where = f"{arguments.path} against {arguments.against}{f' ({arguments.slot})' if arguments.slot else ''}"
+    try:
+        print(load_into(target, {name: value.to("meta") for name, value in tensors.items()}, where=where))
+    except MismatchError as error:
+        print(str(error).replace("the weights do not fit; nothing was changed.", "they do not fit."))
+        return 1
     return 0
 
 

@@ -39,7 +39,8 @@ class Network(Registered, nn.Module, kind="network"):
 
         Args:
             x: ``(B, C, ...)``, scaled as the network wants it.
-            c_noise: How noisy each row is, in the network's own units, ``(B,)``.
+            c_noise: How noisy each row is, in the network's own units, ``(B,)``; or each frame of a video,
+                ``(B, F)``, where the network says so.
             cond: Conditions, a row for each of x.
         """
 
