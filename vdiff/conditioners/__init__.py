@@ -1,13 +1,26 @@
 """Conditioners and embedders: what a network is told besides the noisy sample."""
 
-from vdiff.conditioners.base import JOINED_ALONG, Conditioner, Embedder, EmbedderConditioner
-from vdiff.conditioners.embedders import ClassLabelEmbedder, ScalarFourierEmbedder
+from vdiff.conditioners.base import JOINED_ALONG, Conditioner, Embedder, EmbedderConditioner, Embedding, Feeds
+from vdiff.conditioners.embedders import ClassLabelEmbedder, FieldEmbedder, ScalarFourierEmbedder
+from vdiff.conditioners.huggingface import CLIPTextEmbedder, T5TextEmbedder
+from vdiff.conditioners.open_clip import OpenCLIPTextEmbedder
+from vdiff.conditioners.pictures import ImageLatentsEmbedder, OpenCLIPImageEmbedder
+from vdiff.conditioners.text import TextEmbedder
 
 __all__ = [
     "JOINED_ALONG",
+    "CLIPTextEmbedder",
     "ClassLabelEmbedder",
     "Conditioner",
     "Embedder",
     "EmbedderConditioner",
+    "Embedding",
+    "Feeds",
+    "FieldEmbedder",
+    "ImageLatentsEmbedder",
+    "OpenCLIPImageEmbedder",
+    "OpenCLIPTextEmbedder",
     "ScalarFourierEmbedder",
+    "T5TextEmbedder",
+    "TextEmbedder",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +17,116 @@ from vdiff.registry import Registered
 JOINED_ALONG = {"vector": 1, "cross_attention": 2, "concat": 1}
 
 
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """What one embedder says under one name.
+
+    Attributes:
+        tensor: ``(B, ...)``.
+        mask: Which of its entries count, ``(B, n)``, True counts; None: all of them.
+    """
+
+    tensor: Tensor
+    mask: Tensor | None = None
+
+    def where(self, kept: Tensor, other: Embedding) -> Embedding:
+        """This where ``kept``, ``(B,)``, is True, and ``other`` in the rows where it is not."""
+        tensor = torch.where(kept[(...,) + (None,) * (self.tensor.ndim - 1)], self.tensor, other.tensor)
+        if self.mask is None and other.mask is None:
+            return Embedding(tensor)
+        return Embedding(tensor, torch.where(kept[:, None], self.counts, other.counts))
+
+    @property
+    def counts(self) -> Tensor:
+        """The mask, written out, ``(B, n)``."""
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.tensor.shape[:2], dtype=torch.bool, device=self.tensor.device)
+
+
+Feeds = dict[str, Embedding]
+"""Embeddings by the name in the conditioning that they feed."""
+
+
 class Embedder(Registered, nn.Module, kind="embedder"):
-    """One field of the batch -> one embedding.
+    """One field of the batch -> one embedding, or several under different names.
 
     Args:
         reads: The batch field.
         feeds: The name in the conditioning: ``cross_attention``, ``vector``, ``concat``, ``label``, ...
         drop: Probability with which training replaces a row's embedding by the null.
-        null: What the null is: ``zero``, or ``learned`` where the embedder can learn one.
+        null: What the null is: ``zero``, ``learned`` where the embedder can learn one, or ``empty``, the embedding
+            of the empty prompt, where it reads text.
+
+    Attributes:
+        choices: All values that a row of the field may have, where they can be counted.
     """
 
-    def __init__(self, reads: str, feeds: str, drop: float = 0.0, null: Literal["zero", "learned"] = "zero") -> None:
+    has_empty: ClassVar[bool] = False
+    choices: Sequence[Any] | None = None
+
+    def __init__(
+        self, reads: str, feeds: str, drop: float = 0.0, null: Literal["zero", "learned", "empty"] = "zero"
+    ) -> None:
         super().__init__()
         if not 0 <= drop <= 1:
             raise ValueError(f"{type(self).__name__}: drop is a probability, got {drop}.")
         if null == "learned" and type(self).null is Embedder.null:
             raise ValueError(f"{type(self).__name__}: learns no null; use null: zero.")
+        if null == "empty" and not self.has_empty:
+            raise ValueError(f"{type(self).__name__}: reads no text and has no empty prompt; use null: zero.")
         self.reads, self.feeds, self.drop, self.null_kind = reads, feeds, drop, null
 
     @abstractmethod
-    def forward(self, value: Any) -> Tensor:
-        """The embedding of a batch field, ``(B, ...)``."""
+    def forward(self, value: Any) -> Tensor | Embedding | Mapping[str, Tensor | Embedding]:
+        """The embedding of a batch field, ``(B, ...)``; with a mask as an :class:`Embedding`; several by name."""
 
     def null(self, like: Tensor) -> Tensor:
         """The embedding that says nothing, in the shape of ``like``, an embedding of B rows."""
         return torch.zeros_like(like)
+
+    def read(self, batch: Mapping[str, Any], is_training: bool = False) -> Any:
+        """What :meth:`forward` is given: the field. An embedder that needs more of the batch overrides it.
+
+        Args:
+            is_training: Whether the conditioner trains; a frozen embedder itself is in eval mode all the same.
+
+        Raises:
+            KeyError: the batch has no such field.
+        """
+        if self.reads not in batch:
+            raise KeyError(
+                f"{type(self).__name__} reads {self.reads!r}, which this batch has not. It has: {', '.join(batch)}."
+            )
+        return batch[self.reads]
+
+    def with_null(self, value: Any) -> tuple[Feeds, Feeds]:
+        """The embedding and its null, under the same names. Where both come out of one network, this is the place
+        to ask it once."""
+        said = self.named(self(value))
+        nulls = {name: Embedding(self.null(one.tensor)) for name, one in said.items()}
+        # A null of zeros counts in full: attention to nothing at all has no value.
+        return said, {
+            n: Embedding(null.tensor, None if said[n].mask is None else null.counts) for n, null in nulls.items()
+        }
+
+    def _null(self, said: Embedding) -> Embedding:
+        null = Embedding(self.null(said.tensor))
+        # It counts in full: attention to nothing at all has no value.
+        return null if said.mask is None else Embedding(null.tensor, null.counts)
+
+    def named(self, said: Tensor | Embedding | Mapping[str, Tensor | Embedding]) -> Feeds:
+        """What :meth:`forward` gave, in its longest form."""
+        by_name = said if isinstance(said, Mapping) else {self.feeds: said}
+        return {n: one if isinstance(one, Embedding) else Embedding(one) for n, one in by_name.items()}
+
+    def parse(self, word: str) -> Any:
+        """The value of one row of the field, from a word on the command line.
+
+        Raises:
+            ValueError: a word cannot say it, or not this one.
+        """
+        raise ValueError(f"{type(self).__name__} takes no words; hand {self.reads!r} to engine.sample from Python.")
 
 
 class Conditioner(Registered, nn.Module, kind="conditioner"):
@@ -54,21 +140,31 @@ class Conditioner(Registered, nn.Module, kind="conditioner"):
 class EmbedderConditioner(Conditioner, name="embedders"):
     """Runs one embedder per field and composes them by the names they feed.
 
-    Embeddings that feed the same name are joined: ``vector`` and ``cross_attention`` along features,
-    ``concat`` along channels.
+    Embeddings that feed the same name are joined in the order of the embedders: ``vector`` and
+    ``cross_attention`` along features, ``concat`` along channels. Of tokens joined along features, those count that
+    count in any of them.
 
     Args:
         embedders: In the order in which they are joined.
         joint_drop: Exclusive outcomes that drop several fields at once, such as
             ``[{probability: 0.05, drop: [caption]}, {probability: 0.05, drop: [caption, image]}]``
             (InstructPix2Pix, arXiv:2211.09800); on top of each embedder's own ``drop``.
+        along: Other axes to join along, by name: ``{cross_attention: 1}`` puts tokens one after the other.
 
     A batch field ``partner`` (see :func:`vdiff.data.collate`) becomes the conditioning's ``partners``.
     """
 
-    def __init__(self, embedders: Sequence[Embedder] = (), joint_drop: Sequence[dict] = ()) -> None:
+    def __init__(
+        self,
+        embedders: Sequence[Embedder] = (),
+        joint_drop: Sequence[dict] = (),
+        along: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__()
         self.embedders = nn.ModuleList(embedders)
+        self.along = JOINED_ALONG | dict(along or {})
+        if wrong := {name: axis for name, axis in self.along.items() if axis < 1}:
+            raise ValueError(f"EmbedderConditioner: along counts axes after the rows, from 1, got {wrong}.")
         self.joint_drop = [self._outcome(row) for row in joint_drop]
         shares = [probability for probability, _ in self.joint_drop]
         if min(shares, default=0) < 0 or sum(shares) > 1 + 1e-9:
@@ -89,25 +185,29 @@ class EmbedderConditioner(Conditioner, name="embedders"):
     def forward(self, batch: Mapping[str, Any]) -> Conditioning:
         drops = self.training and (self.joint_drop or any(e.drop for e in self.embedders))
         keys = RowKeys.of(batch) if drops else None
-        said: dict[str, list[Tensor]] = {}
-        silent: dict[str, list[Tensor]] = {}
+        said: dict[str, list[Embedding]] = {}
+        silent: dict[str, list[Embedding]] = {}
+        rows: dict[str, int] = {}
         for embedder in self.embedders:
             assert isinstance(embedder, Embedder)
-            if embedder.reads not in batch:
-                raise KeyError(
-                    f"{type(embedder).__name__} reads {embedder.reads!r}, which this batch has not. "
-                    f"It has: {', '.join(batch)}."
-                )
-            value = embedder(batch[embedder.reads])
-            null = embedder.null(value)
-            if keys is not None:
-                dropped = upload(self._dropped(embedder, keys), value.device)
-                value = torch.where(dropped[(...,) + (None,) * (value.ndim - 1)], null, value)
-            said.setdefault(embedder.feeds, []).append(value)
-            silent.setdefault(embedder.feeds, []).append(null)
-        null = Conditioning({name: _join(name, parts) for name, parts in silent.items()})
-        tensors = {name: _join(name, parts) for name, parts in said.items()}
-        return Conditioning(tensors, null=null if said else None, partners=batch.get("partner"))
+            values, nulls = embedder.with_null(embedder.read(batch, self.training))
+            kept = None
+            for name, value in values.items():
+                rows[embedder.reads] = len(value.tensor)
+                if keys is not None:
+                    _same_rows({"keys": len(keys.keys)} | rows)
+                    kept = upload(~self._dropped(embedder, keys), value.tensor.device) if kept is None else kept
+                    value = value.where(kept, nulls[name])
+                said.setdefault(name, []).append(value)
+                silent.setdefault(name, []).append(nulls[name])
+        _same_rows(rows)
+        null = self._joined(silent)
+        return self._joined(said).with_(null=null if said else None, partners=batch.get("partner"))
+
+    def _joined(self, parts: Mapping[str, list[Embedding]]) -> Conditioning:
+        joined = {name: _join(name, embeddings, self.along.get(name)) for name, embeddings in parts.items()}
+        masks = {name: one.mask for name, one in joined.items() if one.mask is not None}
+        return Conditioning({name: one.tensor for name, one in joined.items()}, masks)
 
     def _dropped(self, embedder: Embedder, keys: RowKeys) -> Tensor:
         """Which rows lose this field, by their keys; bool ``(B,)`` on the host."""
@@ -121,16 +221,25 @@ class EmbedderConditioner(Conditioner, name="embedders"):
         return dropped
 
 
-def _join(name: str, parts: list[Tensor]) -> Tensor:
+def _same_rows(rows: Mapping[str, int]) -> None:
+    if len(set(rows.values())) > 1:
+        said = ", ".join(f"{field} {count}" for field, count in rows.items())
+        raise ValueError(f"conditioner: every field needs one value per row, and they differ in number: {said}.")
+
+
+def _join(name: str, parts: list[Embedding], axis: int | None) -> Embedding:
     if len(parts) == 1:
         return parts[0]
-    if name not in JOINED_ALONG:
+    if axis is None:
         raise ValueError(f"conditioner: {len(parts)} embedders feed {name!r}, which takes one.")
-    axis = JOINED_ALONG[name]
     try:
-        return torch.cat(parts, axis)
-    except RuntimeError as error:
-        shapes = ", ".join(str(tuple(p.shape)) for p in parts)
+        tensor = torch.cat([one.tensor for one in parts], axis)
+        if all(one.mask is None for one in parts):
+            return Embedding(tensor)
+        masks = [one.counts for one in parts]
+        return Embedding(tensor, torch.cat(masks, 1) if axis == 1 else torch.stack(masks).any(0))
+    except (RuntimeError, IndexError) as error:
+        shapes = ", ".join(str(tuple(one.tensor.shape)) for one in parts)
         raise ValueError(
             f"conditioner: embeddings that feed {name!r} do not join along axis {axis}: {shapes}."
         ) from error

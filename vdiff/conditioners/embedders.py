@@ -32,6 +32,7 @@ class ClassLabelEmbedder(Embedder):
     ) -> None:
         super().__init__(reads, feeds, drop, null)
         self.num_classes = num_classes
+        self.choices = range(num_classes)
         self.table = nn.Embedding(num_classes + (null == "learned"), width)
 
     def forward(self, value: Tensor) -> Tensor:
@@ -54,6 +55,11 @@ class ClassLabelEmbedder(Embedder):
         if self.null_kind == "zero":
             return torch.zeros_like(like)
         return self.table.weight[-1].to(like.dtype).expand_as(like)
+
+    def parse(self, word: str) -> int:
+        if not word.isdecimal() or int(word) >= self.num_classes:
+            raise ValueError(f"the classes of this engine are 0 to {self.num_classes - 1}.")
+        return int(word)
 
 
 class ScalarFourierEmbedder(Embedder):
@@ -103,3 +109,41 @@ class ScalarFourierEmbedder(Embedder):
         if self.absent is None:
             return torch.zeros_like(like)
         return self.absent.repeat(like.shape[1] // self.width).expand_as(like)
+
+    def parse(self, word: str) -> float | list[float]:
+        numbers = _numbers(word)
+        return numbers[0] if len(numbers) == 1 else numbers
+
+
+class FieldEmbedder(Embedder):
+    """A field as it is: a picture for ``concat``, or a number that the network embeds itself, such as ``fps``.
+
+    Args:
+        reads, drop: See :class:`Embedder`.
+        feeds: By default the name it reads.
+        absent: The value of the null, in every entry.
+    """
+
+    place: Tensor
+
+    def __init__(self, reads: str, feeds: str | None = None, drop: float = 0.0, absent: float = 0.0) -> None:
+        super().__init__(reads, feeds or reads, drop)
+        self.absent = absent
+        self.register_buffer("place", torch.empty(0), persistent=False)  # moves with the module
+
+    def forward(self, value: Tensor) -> Tensor:
+        return torch.as_tensor(value).to(self.place.device)
+
+    def null(self, like: Tensor) -> Tensor:
+        return torch.full_like(like, self.absent)
+
+    def parse(self, word: str) -> float | list[float]:
+        numbers = _numbers(word)
+        return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _numbers(word: str) -> list[float]:
+    try:
+        return [float(part) for part in word.split(",")]
+    except ValueError:
+        raise ValueError(f"a number, or several with commas between, and not {word!r}.") from None

@@ -1,0 +1,115 @@
+"""What the command line asks of an engine: prompts, negatives, any field, and errors that say what to ask."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vdiff.cli import main
+from vdiff.cli.conditions import asked_fields, fields_of
+from vdiff.conditioners import ClassLabelEmbedder, EmbedderConditioner, ScalarFourierEmbedder
+from vdiff.data import Digits
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "engine.denoiser.network.channels=16",
+    "engine.denoiser.network.norm_groups=8",
+    "engine.sampler.num_steps=2",
+    "training.num_steps=3",
+    "training.batch_size=8",
+    "training.checkpoint.every=3",
+    "training.validation.every=3",
+    "training.lr_schedule.warmup=1",
+]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "text"
+    assert main(["train", str(ROOT / "configs" / "digits_text.yaml"), *SMALL, "--out", str(folder)]) == 0
+    return folder
+
+
+def samples(run, *words):
+    from safetensors.torch import load_file
+
+    file = run / "samples.safetensors"
+    assert main(["sample", str(run), *words, "--out", str(file)]) == 0
+    return load_file(file)["samples"]
+
+
+def test_prompts_are_taken_in_turn(run, tmp_path):
+    both = samples(run, "--num", "4", "--prompt", "a handwritten three", "--prompt", "the digit 7")
+    three = samples(run, "--num", "4", "--prompt", "a handwritten three")
+    assert torch.allclose(both[0::2], three[0::2], atol=1e-5) and not torch.allclose(both[1], three[1], atol=1e-3)
+    (tmp_path / "prompts.txt").write_text("a handwritten three\n\nthe digit 7\n")
+    assert torch.equal(samples(run, "--num", "4", "--prompts", str(tmp_path / "prompts.txt")), both)
+
+
+def test_a_negative_prompt_is_moved_away_from(run):
+    words = ["--num", "2", "--prompt", "a handwritten three", "--guidance", "3"]
+    plain, empty, other = (samples(run, *words, *more) for more in ([], ["--negative", ""], ["--negative", "an 8"]))
+    assert torch.allclose(plain, empty, atol=1e-5)  # the null of this run is the empty prompt
+    assert not torch.allclose(plain, other, atol=1e-3)
+
+
+def test_prompts_make_a_picture(run):
+    assert main(["sample", str(run), "--num", "2", "--prompt", "a handwritten three"]) == 0
+    assert (run / "samples.png").is_file()
+
+
+@pytest.mark.parametrize("options", [[], ["--prompts-of", "validation"]])
+def test_a_text_run_is_evaluated_with_the_captions_of_its_data(run, options):
+    assert main(["evaluate", str(run), "--num", "40", *options]) == 0
+    figures = json.loads((run / "evaluation.json").read_text())
+    assert figures["num_samples"] == 40 and 0 <= figures["classifier_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "also told caption; say --prompt TEXT"),
+        (["--label", "3"], "--label: this engine is not conditioned on classes"),
+        (["--field", "fps=3"], "--field fps=3: this engine is told caption, and no 'fps'"),
+        (["--prompt", "a", "--negative", ""], "add --guidance"),
+        (["--prompts", "not/there.txt"], "there is no file not/there.txt"),
+    ],
+)
+def test_what_is_missing_is_said(run, options, message, capsys):
+    assert main(["sample", str(run), "--num", "1", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def engine(*embedders):
+    return SimpleNamespace(conditioner=EmbedderConditioner(embedders), guider=None)
+
+
+def asked(*embedders, **options):
+    defaults = {"field": None, "label": None, "prompt": None, "prompts": None}
+    return asked_fields(engine(*embedders), SimpleNamespace(**defaults | options))
+
+
+def test_any_field_is_served():
+    both = ClassLabelEmbedder(10, 4), ScalarFourierEmbedder("fps")
+    assert asked(*both, field=[("fps", "8"), ("fps", "2.5"), ("label", "3")]) == {"label": [3], "fps": [8.0, 2.5]}
+    assert asked(*both, field=[("fps", "8")], label=[1, 2]) == {"label": [1, 2], "fps": [8.0]}
+    assert asked(*both, field=[("fps", "8")])["label"] == list(range(10))  # nothing asked: all classes
+    assert asked(ScalarFourierEmbedder("crop"), field=[("crop", "0,16")]) == {"crop": [[0.0, 16.0]]}
+    with pytest.raises(ValueError, match="also told fps; say --field fps="):
+        asked(*both)
+    with pytest.raises(ValueError, match="--field fps=x: a number, or several"):
+        asked(*both, field=[("fps", "x")])
+    with pytest.raises(ValueError, match="told classes by label, other; say --field label="):
+        asked(both[0], ClassLabelEmbedder(10, 4, reads="other"), label=[1])
+
+
+def test_conditions_of_data_begin_again_where_they_end():
+    data = [Digits("test")]
+    fields, labels = fields_of(engine(ClassLabelEmbedder(10, 4)), data, 400)
+    assert fields["label"] == labels.tolist() == [data[0][i % 360]["label"] for i in range(400)]
+    with pytest.raises(ValueError, match="told 'fps', which the data have not"):
+        fields_of(engine(ScalarFourierEmbedder("fps")), data, 4)

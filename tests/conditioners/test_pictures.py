@@ -1,0 +1,105 @@
+"""Pictures as conditions: latents with keyed noise, its level told, frames filled."""
+
+import pytest
+import torch
+
+from vdiff.conditioners import EmbedderConditioner, FieldEmbedder, ImageLatentsEmbedder, ScalarFourierEmbedder
+from vdiff.first_stages import IdentityFirstStage
+from vdiff.networks import sinusoidal
+
+
+def batch(rows=6, **more):
+    x = torch.rand(rows, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return {"image": x, "noise_key": torch.arange(rows), "step": 0, **more}
+
+
+def embedder(**options):
+    return ImageLatentsEmbedder(IdentityFirstStage(), level_feeds="vector", **options)
+
+
+def noise_of(made, given):
+    cond = EmbedderConditioner([made]).train(made.training)(given)
+    return cond["concat"] - given["image"], cond["vector"]
+
+
+def test_training_noises_each_row_by_its_key_and_says_how_much():
+    made = embedder().train()
+    noise, level = noise_of(made, batch())
+    for row in range(6):
+        alone = {k: v[row : row + 1] if isinstance(v, torch.Tensor) else v for k, v in batch().items()}
+        assert torch.equal(noise_of(made, alone)[0][0], noise[row])
+    sigma = made.read(batch(), True).sigma
+    assert torch.equal(level, sinusoidal(sigma, 256))
+    assert noise.flatten(1).std(1).div(sigma).sub(1).abs().max() < 0.3  # of 64 numbers
+    assert not torch.equal(noise_of(made, batch() | {"step": 1})[0], noise)
+
+
+def test_levels_are_log_normal():
+    sigma = embedder(log_mean=-3.0, log_std=0.5).read(batch(3000), True).sigma.log()
+    assert sigma.mean().item() == pytest.approx(-3, abs=0.04) and sigma.std().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_sampling_takes_the_field_or_the_level_of_its_own():
+    made = embedder(sigma=0.1).eval()
+    given = {"image": batch()["image"]}
+    noise, level = noise_of(made, given)
+    assert torch.equal(level, sinusoidal(torch.full((6,), 0.1), 256))
+    assert torch.allclose(noise, noise[:1].expand_as(noise), atol=1e-6)  # no row depends on its place in the batch
+    told, _ = noise_of(made, given | {"cond_aug": [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]})
+    assert told[0].abs().max() == 0 and torch.allclose(told[5], 5 * noise[5], atol=1e-5)
+    with pytest.raises(ValueError, match=r"one number per row, \(6,\)"):
+        made.read({**given, "cond_aug": [0.1]})
+
+
+def test_noise_on_latents_and_none_at_all():
+    given = batch()
+    assert torch.equal(EmbedderConditioner([embedder(noised="nothing").train()])(given)["concat"], given["image"])
+    on_latents, _ = noise_of(embedder(noised="latents").train(), given)
+    assert torch.allclose(on_latents, noise_of(embedder().train(), given)[0], atol=1e-6)  # the identity is linear
+
+
+def test_a_picture_fills_the_frames_of_a_video():
+    given = {"image": batch()["image"]}
+    for fill in ("repeat", "zero"):
+        made = ImageLatentsEmbedder(IdentityFirstStage(), sigma=0.0, frames=4, fill=fill).eval()
+        concat = EmbedderConditioner([made]).eval()(given)["concat"]
+        assert concat.shape == (6, 1, 4, 8, 8) and torch.equal(concat[:, :, 0], given["image"])
+        assert torch.equal(concat[:, :, 3], given["image"] if fill == "repeat" else torch.zeros(6, 1, 8, 8))
+
+
+def test_the_null_has_no_picture_and_the_same_level():
+    cond = EmbedderConditioner([embedder()]).eval()(batch())
+    assert cond.null["concat"].abs().max() == 0 and torch.equal(cond.null["vector"], cond["vector"])
+
+
+def test_the_vector_of_sdxl_is_its_sizes_behind_the_pooled_text():
+    """original_size, crop, target_size: six numbers of 256 waves each, behind 1280; 2816 in all."""
+    sizes = [ScalarFourierEmbedder(f, width=256) for f in ("original_size", "crop", "target_size")]
+    made = EmbedderConditioner([FieldEmbedder("pooled", "vector"), *sizes]).eval()
+    fields = {
+        "pooled": torch.randn(2, 1280, generator=torch.Generator().manual_seed(3)),
+        "original_size": torch.tensor([[1024, 768], [512, 512]]),
+        "crop": torch.tensor([[0, 0], [16, 8]]),
+        "target_size": torch.tensor([[1024, 1024], [1024, 1024]]),
+    }
+    vector = made(fields)["vector"]
+    assert vector.shape == (2, 2816)
+    numbers = torch.cat([fields[f] for f in ("original_size", "crop", "target_size")], 1).float()
+    waves = sinusoidal(numbers, 256).flatten(1)
+    assert torch.equal(vector, torch.cat([fields["pooled"], waves], 1))
+
+
+def test_waves_are_those_of_diffusers():
+    from peers import peer
+
+    timesteps = peer("diffusers.models.embeddings").Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    numbers = torch.tensor([0.0, 7.0, 127.0, 1023.0])
+    theirs = timesteps(numbers)
+    # The frequencies are rounded in another order, and 1023 magnifies it.
+    assert torch.allclose(ScalarFourierEmbedder("fps", width=256)(numbers), theirs, atol=2e-4)
+
+
+def test_a_field_goes_through_as_it_is():
+    made = EmbedderConditioner([FieldEmbedder("fps", absent=-1.0)]).eval()
+    cond = made({"fps": torch.tensor([8.0, 24.0])})
+    assert cond["fps"].tolist() == [8, 24] and cond.null["fps"].tolist() == [-1, -1]

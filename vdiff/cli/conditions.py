@@ -1,0 +1,120 @@
+"""What samples are asked to be: from words on the command line, or from the rows of data sets."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdiff.conditioners import ClassLabelEmbedder, Embedder, EmbedderConditioner, TextEmbedder
+from vdiff.data import Dataset, Row
+from vdiff.engine import DiffusionEngine
+from vdiff.samplers import NoneGuider
+
+Fields = dict[str, Any]
+"""By batch field a list, or a tensor, of values: one per sample, or some to be gone through in turn."""
+
+
+def asked_fields(engine: DiffusionEngine, arguments: argparse.Namespace) -> Fields:
+    """What the conditions were asked to be, for every field of the engine, to be gone through in turn.
+
+    A field whose values can be counted goes through all of them if nothing is asked.
+    """
+    words = [(field, word, f"--field {field}={word}") for field, word in arguments.field or ()]
+    for label in arguments.label or ():
+        words.append((_the(engine, ClassLabelEmbedder, "--label", "classes"), str(label), f"--label {label}"))
+    prompts = list(arguments.prompt or ())
+    for file in arguments.prompts or ():
+        prompts += _lines(Path(file))
+    words += [(_the(engine, TextEmbedder, "--prompt", "text"), prompt, "--prompt") for prompt in prompts]
+    readers = {e.reads: e for e in _embedders(engine)}
+    fields: Fields = {}
+    for field, word, option in words:
+        if field not in readers:
+            raise ValueError(f"{option}: this engine is told {', '.join(readers) or 'nothing'}, and no {field!r}.")
+        try:
+            fields.setdefault(field, []).append(readers[field].parse(word))
+        except ValueError as error:
+            raise ValueError(f"{option}: {error}") from error
+    for field, embedder in readers.items():
+        if field not in fields and embedder.choices is not None:
+            fields[field] = list(embedder.choices)
+    if missing := [field for field in readers if field not in fields]:
+        ways = {f: "--prompt TEXT" if isinstance(readers[f], TextEmbedder) else f"--field {f}=..." for f in missing}
+        raise ValueError(f"this engine is also told {', '.join(missing)}; say {' and '.join(ways.values())}.")
+    return {field: fields[field] for field in readers}
+
+
+def negative_fields(engine: DiffusionEngine, prompt: str | None) -> Fields | None:
+    if prompt is None:
+        return None
+    field = _the(engine, TextEmbedder, "--negative", "text")
+    if isinstance(engine.guider, NoneGuider) or getattr(engine.guider, "scale", None) == 1:
+        raise ValueError("--negative: without guidance there is nothing to move away from; add --guidance, such as 3.")
+    return {field: [prompt]}
+
+
+def _embedders(engine: DiffusionEngine) -> list[Embedder]:
+    conditioner = engine.conditioner
+    return list(conditioner.embedders) if isinstance(conditioner, EmbedderConditioner) else []  # type: ignore[arg-type]
+
+
+def _the(engine: DiffusionEngine, kind: type[Embedder], option: str, noun: str) -> str:
+    """The one field that an option means."""
+    fields = list(dict.fromkeys(e.reads for e in _embedders(engine) if isinstance(e, kind)))
+    if not fields:
+        raise ValueError(f"{option}: this engine is not conditioned on {noun}.")
+    if len(fields) > 1:
+        raise ValueError(f"{option}: this engine is told {noun} by {', '.join(fields)}; say --field {fields[0]}=...")
+    return fields[0]
+
+
+def _lines(file: Path) -> list[str]:
+    """Prompts of a file, one a line; an empty line is none."""
+    if not file.is_file():
+        raise ValueError(f"--prompts: there is no file {file}.")
+    prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    if not any(prompts):
+        raise ValueError(f"--prompts: {file} has no line with a prompt.")
+    return [prompt for prompt in prompts if prompt]
+
+
+def cycled(fields: Fields, num: int) -> Fields:
+    return {name: [rows[i % len(rows)] for i in range(num)] for name, rows in fields.items()}
+
+
+def numbers(engine: DiffusionEngine, fields: Fields) -> dict[str, Tensor]:
+    """Those of the fields that a tensor file can keep; the class of each sample as ``labels``."""
+    names = {e.reads: "labels" if isinstance(e, ClassLabelEmbedder) else e.reads for e in _embedders(engine)}
+    return {
+        names[field]: torch.as_tensor(values)
+        for field, values in fields.items()
+        if not any(isinstance(value, str) for value in values)
+    }
+
+
+def fields_of(engine: DiffusionEngine, data: Sequence[Dataset], num: int) -> tuple[Fields, Tensor | None]:
+    """The fields that the engine is told, and the labels, of ``num`` rows of several data sets, from the beginning
+    again where they end."""
+    if not _embedders(engine):
+        return {}, None
+    rows: list[Row] = []
+    for dataset in data:
+        for i in range(len(dataset)):
+            if len(rows) < num:
+                group = dataset[i]
+                rows += group if isinstance(group, list) else [group]
+    rows = [rows[i % len(rows)] for i in range(num)]
+    labels = torch.tensor([int(row["label"]) for row in rows]) if "label" in rows[0] else None
+    return {e.reads: _column(rows, e.reads) for e in _embedders(engine)}, labels
+
+
+def _column(rows: Sequence[Row], field: str) -> Any:
+    if field not in rows[0]:
+        raise ValueError(f"the engine is told {field!r}, which the data have not. They have: {', '.join(rows[0])}.")
+    values = [row[field] for row in rows]
+    return torch.stack(values) if isinstance(values[0], Tensor) else values
