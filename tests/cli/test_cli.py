@@ -51,7 +51,7 @@ def _time(command):
     return time.perf_counter() - began
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "list", "describe", "inspect", "doctor"])
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "list", "describe", "inspect", "summary", "doctor"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

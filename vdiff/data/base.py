@@ -31,10 +31,12 @@ class Dataset(Registered, kind="dataset"):
     Attributes:
         ranges: Declared lowest and highest value of a field, ``{"image": (-1.0, 1.0)}``.
         classes: Names of the classes that ``label`` counts, or None.
+        dropped: Examples that were found and left out, by name, with the reason, for the start-up report.
     """
 
     ranges: Mapping[str, tuple[float, float]] = MappingProxyType({})
     classes: Sequence[str] | None = None
+    dropped: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def __len__(self) -> int:
@@ -67,5 +69,5 @@ class Dataset(Registered, kind="dataset"):
 
     @property
     def num_dropped(self) -> int:
-        """Examples that were found and left out (too short, unreadable, ...), for the start-up report."""
-        return 0
+        """How many examples were found and left out (too short, unreadable, ...), for the start-up report."""
+        return len(self.dropped)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vdiff.data import Dataset, collate
+from vdiff.data import Dataset, collate, index
 from vdiff.registry import Registered
 
 
@@ -22,7 +22,8 @@ class Samples:
     """What a model drew.
 
     Attributes:
-        images: ``(N, C, H, W)`` in the range that the data set declares, any floating type.
+        images: ``(N, C, H, W)``, or videos ``(N, C, F, H, W)``, in the range that the data set declares, any
+            floating type.
         labels: ``(N,)`` integers, what each was asked to be; None for an unconditional model.
     """
 
@@ -38,7 +39,8 @@ class Reference:
     """The real data that samples are compared with.
 
     Attributes:
-        train_images, test_images: ``(N, C, H, W)`` in the range that the data set declares.
+        train_images, test_images: ``(N, C, H, W)``, or videos ``(N, C, F, H, W)``, in the range that the data
+            set declares.
         train_labels, test_labels: ``(N,)`` integers, or None.
     """
 
@@ -52,9 +54,15 @@ class Reference:
         _check_split("Reference", "test_images", self.test_images, self.test_labels)
 
     @staticmethod
-    def of(train: Dataset, test: Dataset, image: str = "image", label: str = "label") -> Reference:
-        """All of two data sets, by the names of their fields; without labels if they have none."""
-        parts = [collate([data[i] for i in range(len(data))]) for data in (train, test)]
+    def of(
+        train: Dataset, test: Dataset, image: str = "image", label: str = "label", most: int | None = None
+    ) -> Reference:
+        """Two data sets, by the names of their fields; without labels if they have none.
+
+        Args:
+            most: Of a larger data set a fixed random choice of this many; by default all of it.
+        """
+        parts = [collate([data[i] for i in _chosen(len(data), most)]) for data in (train, test)]
         for part in parts:
             if image not in part:
                 raise ValueError(f"Reference: the data has no field {image!r}. It has: {', '.join(part)}.")
@@ -63,7 +71,13 @@ class Reference:
 
 
 class Metric(Registered, kind="metric"):
-    """Figures about samples, by name."""
+    """Figures about samples, by name.
+
+    Attributes:
+        ndims: Axes of the samples that it can measure: 4 for images, 5 for videos.
+    """
+
+    ndims: tuple[int, ...] = (4,)
 
     @abstractmethod
     def __call__(self, samples: Samples, reference: Reference) -> dict[str, float]:
@@ -79,7 +93,8 @@ def evaluate(samples: Samples, reference: Reference, metrics: Sequence[Metric]) 
     """The figures of several metrics together, in order.
 
     Raises:
-        ValueError: the samples do not have the reference's shape, or two metrics use one name.
+        ValueError: the samples do not have the reference's shape, a metric does not measure samples of this kind,
+            or two metrics use one name.
     """
     for split in (reference.train_images, reference.test_images):
         if samples.images.shape[1:] != split.shape[1:]:
@@ -89,6 +104,11 @@ def evaluate(samples: Samples, reference: Reference, metrics: Sequence[Metric]) 
             )
     figures: dict[str, float] = {}
     for metric in metrics:
+        if samples.images.ndim not in metric.ndims:
+            raise ValueError(
+                f"evaluate: {type(metric).__name__} measures {_spell(metric.ndims)}, and the samples are "
+                f"{_spell((samples.images.ndim,))}. Leave it out."
+            )
         for name, value in metric(samples, reference).items():
             if name in figures:
                 raise ValueError(f"evaluate: two metrics call a figure {name!r}; leave one of them out.")
@@ -96,11 +116,22 @@ def evaluate(samples: Samples, reference: Reference, metrics: Sequence[Metric]) 
     return figures
 
 
+_WORDS = {4: "images", 5: "videos"}
+
+
+def _spell(ndims: Sequence[int]) -> str:
+    return " and ".join(_WORDS[n] for n in ndims)
+
+
+def _chosen(size: int, most: int | None) -> Sequence[int]:
+    return range(size) if most is None or size <= most else sorted(index(0, 0, i, size) for i in range(most))
+
+
 def _check_split(owner: str, field: str, images: Tensor, labels: Tensor | None) -> None:
-    if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
+    if images.ndim not in _WORDS or len(images) == 0 or not images.is_floating_point():
         raise ValueError(
-            f"{owner}: {field} must be (N, C, H, W), N at least 1, of a floating type; got {tuple(images.shape)} of "
-            f"{images.dtype}. Evaluate the frames of a video as images, 'b c f h w -> (b f) c h w'."
+            f"{owner}: {field} must be (N, C, H, W) or (N, C, F, H, W), N at least 1, of a floating type; got "
+            f"{tuple(images.shape)} of {images.dtype}."
         )
     is_bad = ~torch.isfinite(images).flatten(1).all(1)
     if is_bad.any():

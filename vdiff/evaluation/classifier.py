@@ -26,28 +26,48 @@ class ClassifierAccuracy(Metric):
         self.c, self.gamma = c, gamma
 
     def __call__(self, samples: Samples, reference: Reference) -> dict[str, float]:
-        try:
-            from sklearn.svm import SVC
-        except ImportError as error:
-            raise ImportError(
-                "ClassifierAccuracy: the classifier comes from scikit-learn, which is not installed: "
-                "pip install 'vdiff[data]'"
-            ) from error
-        if samples.labels is None or reference.train_labels is None or reference.test_labels is None:
-            raise ValueError(
-                "ClassifierAccuracy: samples and both splits of the reference need labels. Draw the samples with "
-                "labels, or leave this metric out for an unconditional model."
-            )
-        classifier = SVC(C=self.c, gamma=self.gamma)  # type: ignore[arg-type]
-        classifier.fit(_features(reference.train_images), _classes(reference.train_labels))
+        labels, train_labels, test_labels = labels_of(samples, reference, type(self).__name__)
+        classifier = fitted_classifier(reference.train_images, train_labels, self.c, self.gamma)
         return {
-            "classifier_accuracy": _accuracy(classifier, samples.images, samples.labels),
-            "classifier_accuracy_real": _accuracy(classifier, reference.test_images, reference.test_labels),
+            "classifier_accuracy": class_accuracy(classifier, samples.images, labels),
+            "classifier_accuracy_real": class_accuracy(classifier, reference.test_images, test_labels),
         }
 
 
-def _accuracy(classifier: Any, images: Tensor, labels: Tensor) -> float:
-    return float(classifier.score(_features(images), _classes(labels)))
+def labels_of(samples: Samples, reference: Reference, metric: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels of the samples, of the training split and of the test split.
+
+    Raises:
+        ValueError: some are missing; names the metric that needs them.
+    """
+    if samples.labels is None or reference.train_labels is None or reference.test_labels is None:
+        raise ValueError(
+            f"{metric}: samples and both splits of the reference need labels. Draw the samples with "
+            "labels, or leave this metric out for an unconditional model."
+        )
+    return samples.labels, reference.train_labels, reference.test_labels
+
+
+def fitted_classifier(features: Tensor, labels: Tensor, c: float, gamma: float | str) -> Any:
+    """A support vector machine that tells the classes of ``features`` ``(N, ...)`` apart.
+
+    Raises:
+        ImportError: scikit-learn is not installed; names the extra.
+    """
+    try:
+        from sklearn.svm import SVC
+    except ImportError as error:
+        raise ImportError(
+            "ClassifierAccuracy: the classifier comes from scikit-learn, which is not installed: "
+            "pip install 'vdiff[data]'"
+        ) from error
+    classifier = SVC(C=c, gamma=gamma)  # type: ignore[arg-type]
+    return classifier.fit(_features(features), _classes(labels))
+
+
+def class_accuracy(classifier: Any, features: Tensor, labels: Tensor) -> float:
+    """Share of ``features`` that the classifier puts into the class of their label."""
+    return float(classifier.score(_features(features), _classes(labels)))
 
 
 def _features(images: Tensor) -> np.ndarray:

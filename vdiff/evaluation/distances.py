@@ -31,6 +31,8 @@ class FrechetDistance(Metric):
         generated pictures (over other features), Heusel et al., arXiv:1706.08500.
     """
 
+    ndims = (4, 5)
+
     def __init__(self, max_features: int = 4096) -> None:
         self.max_features = max_features
 
@@ -58,6 +60,8 @@ class NearestDistance(Metric):
     ``nearest_distance_ratio``. A ratio well below 1 means memorising: the samples are nearer to the training
     data than new real data is. Noise has a large one, so a high ratio alone is no merit.
     """
+
+    ndims = (4, 5)
 
     def __call__(self, samples: Samples, reference: Reference) -> dict[str, float]:
         distance = nearest(samples.images, reference.train_images).median().item()

@@ -36,6 +36,7 @@ ROOMS = {
     "loss": "vdiff.losses",
     "weighting": "vdiff.losses",
     "dataset": "vdiff.data",
+    "derived_map": "vdiff.data",
     "first_stage": "vdiff.first_stages",
     "denoiser": "vdiff.denoisers",
     "conditioner": "vdiff.conditioners",
