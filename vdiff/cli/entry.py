@@ -11,6 +11,7 @@ EXAMPLES = """examples:
   vdiff train configs/digits_edm.yaml --out outputs/digits_edm
   vdiff train configs/digits_edm.yaml training.num_steps=500 engine.sampler.num_steps=10
   vdiff sample outputs/digits_edm --num 64 --label 3 --guidance 2 --solver heun --steps 18 --out grid.png
+  vdiff sample outputs/digits_text --prompt "a handwritten three" --guidance 3 --negative "a handwritten eight"
   vdiff evaluate outputs/digits_edm
   vdiff describe sampler/heun
 """
@@ -46,7 +47,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     top = parser()
     arguments, rest = top.parse_known_args(argv)
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-    if len(overrides) != len(rest) or (rest and arguments.command != "train"):
+    if len(overrides) != len(rest) or (rest and arguments.command not in ("train", "summary")):
         top.error(
             f"unrecognized arguments: {' '.join(word for word in rest if word not in overrides) or ' '.join(rest)}"
         )
@@ -71,8 +72,15 @@ def parser() -> argparse.ArgumentParser:
     sample = _command(commands, "sample", "sampling", "draw samples from a run")
     _run_arguments(sample)
     sample.add_argument("--num", type=_count, default=64, help="how many (64)")
+    sample.add_argument("--prompt", action="append", help="what all samples show; repeat for several, taken in turn")
+    sample.add_argument("--prompts", action="append", metavar="FILE", help="prompts from a file, one a line")
+    sample.add_argument("--negative", default=None, metavar="PROMPT", help="what guidance moves away from")
     sample.add_argument("--label", type=int, action="append", help="class of all samples; repeat for several")
-    sample.add_argument("--out", default=None, help="picture (.png) or tensor (.safetensors); RUN/samples.png")
+    sample.add_argument(
+        "--field", type=_field, action="append", metavar="NAME=VALUE", help="any other condition; repeat for several"
+    )
+    sample.add_argument("--out", default=None, help="picture (.png), video (.gif, .mp4) or tensor (.safetensors)")
+    sample.add_argument("--fps", type=float, default=8.0, help="frames per second of a video (8)")
     sample.add_argument("--columns", type=_count, default=None, help="of the picture")
     sample.add_argument("--upscale", type=_count, default=None, help="size of a pixel in the picture")
     sample.add_argument("--crisp", action="store_true", help="show pixels as squares instead of smoothly")
@@ -80,6 +88,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate = _command(commands, "evaluate", "sampling", "hold a run's samples against its data")
     _run_arguments(evaluate)
     evaluate.add_argument("--num", type=_count, default=None, help="how many; by default as many as there are examples")
+    evaluate.add_argument(
+        "--prompts-of", choices=("train", "validation"), help="whose conditions to draw with; by default of both"
+    )
     evaluate.add_argument("--metric", action="append", help="by default all; `vdiff list metric`")
     evaluate.add_argument("--out", default=None, help="figures as JSON; RUN/evaluation.json")
 
@@ -92,7 +103,26 @@ def parser() -> argparse.ArgumentParser:
     inspect = _command(commands, "inspect", "inspection", "what is in a run folder or a weight file")
     inspect.add_argument("path", help="RUN or FILE")
     inspect.add_argument("--depth", type=_count, default=3, help="of the census of keys (3)")
+    inspect.add_argument("--keys", action="store_true", help="every name with its shape, below the census")
+    inspect.add_argument("--against", metavar="CONFIG", help="what its engine has and the file lacks, and the reverse")
+    inspect.add_argument("--slot", default="", help="with --against: of this part, such as denoiser.network")
     _imports_argument(inspect)
+
+    summary = _command(commands, "summary", "summary", "modules of a run file, their parameters, FLOPs and memory")
+    summary.add_argument("config", nargs="+", help="run files, or a run's folder, then key=value overrides")
+    summary.add_argument("--batch-size", type=_count, default=1, help="rows of the batch that is counted (1)")
+    summary.add_argument("--depth", type=_count, default=5, help="levels of modules (5)")
+    summary.add_argument("--width", type=_count, default=120, help="of the text (120)")
+    summary.add_argument("--device", default="meta", help="meta (computes and stores nothing), cpu, cuda, ...")
+    _imports_argument(summary)
+
+    plot = _command(commands, "plot", "plot", "schedules, levels, training curves or solvers, as a picture")
+    plot.add_argument("picture", choices=("schedule", "levels", "run", "solvers"))
+    plot.add_argument("what", nargs="*", help="schedules or run files; one run file; run folders; solvers")
+    plot.add_argument("--discretizer", action="append", help="with schedule: show the levels of these")
+    plot.add_argument("--steps", type=_count, default=10, help="with --discretizer (10)")
+    plot.add_argument("--out", default=None, help=".png, .pdf or .svg")
+    _imports_argument(plot)
 
     _command(commands, "doctor", "inspection", "what this machine can do")
     return top
@@ -126,6 +156,13 @@ def _count(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"a number, at least 1, and not {word!r}")
     return int(word)
+
+
+def _field(word: str) -> tuple[str, str]:
+    name, sign, value = word.partition("=")
+    if not name or not sign:
+        raise argparse.ArgumentTypeError(f"NAME=VALUE, such as fps=8, and not {word!r}")
+    return name, value
 
 
 def _checkpoint(word: str) -> int | str:

@@ -9,53 +9,83 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vdiff.conditioners import ClassLabelEmbedder, EmbedderConditioner
+from vdiff.cli.conditions import Fields, asked_fields, cycled, fields_of, negative_fields, numbers
+from vdiff.cli.reconstruction import evaluate_autoencoder
 from vdiff.data import Dataset
-from vdiff.engine import DiffusionEngine
-from vdiff.evaluation import Reference, Samples, grid, save_figures, save_picture, table
+from vdiff.engine import AutoencoderEngine, DiffusionEngine, Engine
+from vdiff.evaluation import Reference, Samples, film, grid, save_figures, save_film, save_picture, table
 from vdiff.evaluation import evaluate as measure
+from vdiff.evaluation.videos import FILM_SUFFIXES, import_av
 from vdiff.process import ExplicitDiscretizer
 from vdiff.registry import Config, build, entries, load_config, lookup, signature
 from vdiff.samplers import CFGGuider, NoneGuider, Sampler
 from vdiff.training import choose_device
 
+MOST = 4096  # examples of each split that samples are held against
+
 
 def sample(arguments: argparse.Namespace) -> int:
     engine = load_engine(arguments)
-    labels = _labels(engine, arguments.label, arguments.num)
-    images = draw(engine, arguments, labels, arguments.num)
-    out = Path(arguments.out or Path(arguments.folder) / "samples.png")
+    if not isinstance(engine, DiffusionEngine):
+        raise ValueError(
+            f"{arguments.folder}: {type(engine).__name__} draws no samples. How well it reconstructs: vdiff evaluate."
+        )
+    fields = asked_fields(engine, arguments)
+    against = negative_fields(engine, arguments.negative)
+    out = _out(engine, arguments)
+    rows = cycled(fields, arguments.num)
+    images = draw(engine, arguments, rows, arguments.num, against)
     if out.suffix == ".safetensors":
         from vdiff.checkpoints import save_weights
 
-        save_weights(
-            out, {"samples": images} | ({} if labels is None else {"labels": labels}), {"weights": engine.weights}
-        )
+        save_weights(out, {"samples": images, **numbers(engine, rows)}, {"weights": engine.weights})
     else:
         low, high = engine.first_stage.pixel_range
-        columns = arguments.columns or (10 if labels is not None and arguments.num % 10 == 0 else None)
-        picture = grid(images, columns, low, high, upscale=arguments.upscale, smooth=not arguments.crisp)
-        save_picture(picture, out)
+        turns = max((len(values) for values in fields.values()), default=1)
+        turns = turns if 1 < turns <= 32 else 10
+        columns = arguments.columns or (turns if fields and arguments.num % turns == 0 else None)
+        looks = {"upscale": arguments.upscale, "smooth": not arguments.crisp}
+        if images.ndim == 5:
+            save_film(film(images, columns, low, high, **looks), out, arguments.fps)
+        else:
+            save_picture(grid(images, columns, low, high, **looks), out)
     print(f"{out}: {arguments.num} samples with the {engine.weights}")
     return 0
+
+
+def _out(engine: DiffusionEngine, arguments: argparse.Namespace) -> Path:
+    """The file to write, refused before the work is done that it is to keep."""
+    is_video = len(engine.sample_shape or ()) == 4
+    legal = (*(FILM_SUFFIXES if is_video else (".png",)), ".safetensors")
+    out = Path(arguments.out or Path(arguments.folder) / f"samples{legal[0]}")
+    if out.suffix not in legal:
+        raise ValueError(
+            f"--out {out}: samples of this run are {'videos' if is_video else 'pictures'}; they are saved as "
+            f"{', '.join(legal)}."
+        )
+    if out.suffix == ".mp4":
+        import_av("--out")
+    return out
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
     run = Path(arguments.folder)
     engine = load_engine(arguments)
     config = _config(arguments)
-    metrics = [build({"type": name}, "metric") for name in arguments.metric or entries("metric")]
     data: dict[str, Dataset] = {name: build(node, "dataset", f"data.{name}") for name, node in config["data"].items()}
     if "validation" not in data:
         raise ValueError(f"{run}: its config has no data.validation to compare with.")
-    reference = Reference.of(data["train"], data["validation"], image=engine.input_key)
-    labels = None
-    if _embedders(engine) and reference.train_labels is not None and reference.test_labels is not None:
-        labels = torch.cat([reference.train_labels, reference.test_labels])
+    if isinstance(engine, AutoencoderEngine):
+        return evaluate_autoencoder(engine, data, arguments)
+    assert isinstance(engine, DiffusionEngine)
+    reference = Reference.of(data["train"], data["validation"], image=engine.input_key, most=MOST)
+    metrics = [build({"type": name}, "metric") for name in arguments.metric or entries("metric")]
+    if not arguments.metric:
+        metrics = [metric for metric in metrics if reference.test_images.ndim in metric.ndims]
     num = arguments.num or len(reference.train_images) + len(reference.test_images)
-    if labels is not None:
-        labels = labels[torch.arange(num) % len(labels)]
-    images = draw(engine, arguments, labels, num)
+    told = [arguments.prompts_of] if arguments.prompts_of else ["train", "validation"]
+    fields, labels = fields_of(engine, [data[name] for name in told], num)
+    images = draw(engine, arguments, fields, num)
     figures = {"num_samples": float(num), **measure(Samples(images, labels), reference, metrics)}
     out = Path(arguments.out or run / "evaluation.json")
     save_figures(figures, out)
@@ -65,14 +95,15 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def load_engine(arguments: argparse.Namespace) -> DiffusionEngine:
-    """The engine of the run, with solver and guidance as asked for."""
+def load_engine(arguments: argparse.Namespace) -> Engine:
+    """The engine of the run; that of a diffusion model with solver and guidance as asked for."""
     weights = arguments.weights
     if weights is None and (Path(arguments.folder) / "config.yaml").is_file():
         weights = "raw" if _config(arguments).get("training", {}).get("ema") is None else "ema"
-    engine = DiffusionEngine.load(arguments.folder, weights or "ema", arguments.step, arguments.allow_imports)
-    assert isinstance(engine, DiffusionEngine)
+    engine = Engine.load(arguments.folder, weights or "ema", arguments.step, arguments.allow_imports)
     engine.to(choose_device(arguments.device))
+    if not isinstance(engine, DiffusionEngine):
+        return engine
     if arguments.solver is not None or arguments.steps is not None:
         engine.sampler = resampled(engine.sampler, arguments.solver, arguments.steps)
     if arguments.guidance is not None:
@@ -103,8 +134,15 @@ def resampled(sampler: Sampler, solver: str | None, steps: int | None) -> Sample
     return changed
 
 
-def draw(engine: DiffusionEngine, arguments: argparse.Namespace, labels: Tensor | None, num: int) -> Tensor:
-    """Samples in batches, with a progress bar; each depends on its own seed and label alone."""
+def draw(
+    engine: DiffusionEngine, arguments: argparse.Namespace, fields: Fields, num: int, negative: Fields | None = None
+) -> Tensor:
+    """Samples in batches, with a progress bar; each depends on its own seed and conditions alone.
+
+    Args:
+        fields: For each batch field one value per sample.
+        negative: Fields to put in their place for what guidance moves away from, one value for all samples.
+    """
     from rich.progress import Progress
 
     images = []
@@ -112,8 +150,9 @@ def draw(engine: DiffusionEngine, arguments: argparse.Namespace, labels: Tensor 
         task = bar.add_task("sampling", total=num)
         for start in range(0, num, arguments.batch_size):
             rows = min(arguments.batch_size, num - start)
-            cond = None if labels is None else {_label_field(engine): labels[start : start + rows]}
-            images.append(engine.sample(cond, num=rows, seeds=arguments.seed + start).cpu())
+            cond = {name: values[start : start + rows] for name, values in fields.items()} or None
+            against = cond and negative and {**cond, **{name: values * rows for name, values in negative.items()}}
+            images.append(engine.sample(cond, negative=against, num=rows, seeds=arguments.seed + start).cpu())
             bar.advance(task, rows)
     low, high = engine.first_stage.pixel_range
     return torch.cat(images).clamp(low, high)
@@ -127,32 +166,6 @@ def _guide(engine: DiffusionEngine, scale: float) -> None:
         engine.guider.scale = scale  # type: ignore[attr-defined]
     else:
         raise ValueError(f"--guidance: this run's guider, {type(engine.guider).__name__}, has no scale.")
-
-
-def _embedders(engine: DiffusionEngine) -> list[ClassLabelEmbedder]:
-    conditioner = engine.conditioner
-    found = conditioner.embedders if isinstance(conditioner, EmbedderConditioner) else []
-    return [e for e in found if isinstance(e, ClassLabelEmbedder)]
-
-
-def _label_field(engine: DiffusionEngine) -> str:
-    embedders = _embedders(engine)
-    if len(embedders) != 1:
-        raise ValueError(f"labels: this engine has {len(embedders)} class embedders, the command line serves one.")
-    return embedders[0].reads
-
-
-def _labels(engine: DiffusionEngine, asked: list[int] | None, num: int) -> Tensor | None:
-    """Asked ones in turn, or all classes in turn, or None for an engine without classes."""
-    if not _embedders(engine):
-        if asked:
-            raise ValueError("--label: this engine is not conditioned on classes.")
-        return None
-    num_classes = _embedders(engine)[0].num_classes
-    if wrong := [label for label in asked or () if not 0 <= label < num_classes]:
-        raise ValueError(f"--label {wrong[0]}: the classes of this engine are 0 to {num_classes - 1}.")
-    cycle = asked or list(range(num_classes))
-    return torch.tensor([cycle[i % len(cycle)] for i in range(num)])
 
 
 def _spell(sampler: Sampler) -> str:

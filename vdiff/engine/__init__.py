@@ -1,5 +1,7 @@
 """The engine: the only hub where the wings of motion and matter meet."""
 
-from vdiff.engine.diffusion import Batch, DiffusionEngine, Engine
+from vdiff.engine.autoencoder import AutoencoderEngine
+from vdiff.engine.base import Batch, Engine
+from vdiff.engine.diffusion import DiffusionEngine
 
-__all__ = ["Batch", "DiffusionEngine", "Engine"]
+__all__ = ["AutoencoderEngine", "Batch", "DiffusionEngine", "Engine"]

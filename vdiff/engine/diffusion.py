@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vdiff.checkpoints import load_into, read_run_weights, save_weights
 from vdiff.conditioners import Conditioner, EmbedderConditioner
 from vdiff.denoisers import Denoiser, NetworkDenoiser
+from vdiff.engine.base import Batch, Engine
 from vdiff.first_stages import FirstStage, IdentityFirstStage
+from vdiff.hooks import parts
 from vdiff.losses import Loss, LossValues
 from vdiff.mixins import Mixin
 from vdiff.networks import in_eval
-from vdiff.process import HOST, Conditioning, NoiseLevel, NoiseSchedule, RowKeys, SigmaSampler, upload
-from vdiff.registry import Config, Registered, build, load_config
-from vdiff.samplers import Guider, NoneGuider, Sampler, SamplerStep, gaussian
-
-Batch = Mapping[str, Any]
-
-
-class Engine(Registered, nn.Module, kind="engine"):
-    """What a training loop trains: ``training_step(batch) -> LossValues``."""
-
-    input_key: str
-    mixins: dict[str, Mixin]
-    weights: str  # which weights it holds, in words
-
-    @abstractmethod
-    def training_step(self, batch: Batch) -> LossValues:
-        """One loss per row; the trainer averages."""
-
-    def forward(self, batch: Batch) -> LossValues:
-        """:meth:`training_step`, under the name that wrappers call."""
-        return self.training_step(batch)
-
-    @property
-    def device(self) -> torch.device:
-        return next((t.device for t in chain(self.parameters(), self.buffers())), torch.device("cpu"))
+from vdiff.process import HOST, Conditioning, NoiseLevel, NoiseSchedule, RowKeys, SigmaSampler, spread, upload
+from vdiff.samplers import Callback, Edit, Guider, NoneGuider, Sampler, gaussian
 
 
 class DiffusionEngine(Engine, name="diffusion"):
@@ -56,7 +31,7 @@ class DiffusionEngine(Engine, name="diffusion"):
         loss: Prediction against truth.
         sampler: From noise to data.
         conditioner: Batch fields to conditions; by default there are none.
-        first_stage: Pixels to latents; by default pixels.
+        first_stage: Pixels to latents; by default pixels. It is frozen, unless ``training.train`` names it.
         guider: By default the plain conditional prediction.
         mixins: By name, attached to the engine in this order.
         offset_noise: Scale of a constant added per channel to the training noise.
@@ -82,6 +57,7 @@ class DiffusionEngine(Engine, name="diffusion"):
         super().__init__()
         self.input_key = input_key
         self.first_stage = first_stage if first_stage is not None else IdentityFirstStage()
+        self.first_stage.requires_grad_(False)
         self.conditioner = conditioner if conditioner is not None else EmbedderConditioner()
         self.denoiser = denoiser
         self.schedule, self.sigma_sampler, self.loss = schedule, sigma_sampler, loss
@@ -91,9 +67,7 @@ class DiffusionEngine(Engine, name="diffusion"):
         hardest = sigma_sampler.quantile(torch.tensor([0.5, 1 - 2**-53], **HOST), schedule)
         denoiser.check(hardest, f"{type(schedule).__name__} with {type(sigma_sampler).__name__}")
         _check_rows(denoiser, schedule)
-        self.mixins = {}
-        for name, mixin in (mixins or {}).items():
-            self.mixins[name] = mixin.attach(self, name=name)
+        self.attach(mixins)
 
     # Training ------------------------------------------------------------------------------------
 
@@ -133,7 +107,10 @@ class DiffusionEngine(Engine, name="diffusion"):
         seeds: int | Sequence[int] = 0,
         sampler: Sampler | None = None,
         guider: Guider | None = None,
-        callback: Callable[[SamplerStep], None] | None = None,
+        x0: Tensor | None = None,
+        strength: float = 1.0,
+        edit: Edit | None = None,
+        callback: Callback | None = None,
         progress: bool = False,
         decode: bool = True,
     ) -> Tensor:
@@ -147,18 +124,17 @@ class DiffusionEngine(Engine, name="diffusion"):
             seeds: One per sample, or the first of consecutive ones. A sample depends on its own seed and
                 conditions, not on the batch around it.
             sampler, guider: Instead of the engine's own.
-            callback, progress: See :meth:`Sampler.__call__`.
+            x0: Latents to begin at instead of noise alone, ``(num, ...)``; :mod:`vdiff.pipelines` take pixels.
+            strength, edit, callback, progress: See :meth:`Sampler.__call__`.
             decode: Pixels; otherwise latents.
 
         Returns:
             ``(num, *shape)`` in the first stage's pixel range.
         """
         with in_eval(self):
-            cond = self._conditions(cond)
-            if negative is not None:
-                cond = cond.with_null(self._conditions(negative).with_(null=None))
-            seeds = _one_per_sample(seeds, num, cond.num_rows)
-            noise = self.noise(self._latent_shape(shape), seeds)
+            cond = self.conditions(cond, negative)
+            seeds = _one_per_sample(seeds, num if x0 is None else len(x0), cond.num_rows)
+            noise = self.noise(self._latent_shape(shape) if x0 is None else x0.shape[1:], seeds)
             x0 = (sampler or self.sampler)(
                 self.denoiser,
                 self.schedule,
@@ -166,6 +142,9 @@ class DiffusionEngine(Engine, name="diffusion"):
                 cond,
                 guider=guider or self.guider,
                 seeds=seeds,
+                x0=x0,
+                strength=strength,
+                edit=edit,
                 callback=callback,
                 progress=progress,
             )
@@ -175,7 +154,12 @@ class DiffusionEngine(Engine, name="diffusion"):
         """The start of each sample: standard Gaussian, one row per seed."""
         return gaussian(seeds, shape, "start").to(self.device)
 
-    def _conditions(self, cond: Conditioning | Batch | None) -> Conditioning:
+    def conditions(
+        self, cond: Conditioning | Batch | None, negative: Conditioning | Batch | None = None
+    ) -> Conditioning:
+        """What :meth:`sample` makes of its conditions, on the engine's device."""
+        if negative is not None:
+            return self.conditions(cond).with_null(self.conditions(negative).with_(null=None))
         if cond is None:
             return Conditioning()
         if isinstance(cond, Conditioning):
@@ -188,68 +172,37 @@ class DiffusionEngine(Engine, name="diffusion"):
             raise ValueError("sample: give a shape, such as (3, 64, 64), or set sample_shape in the engine's config.")
         return self.first_stage.latent_shape(shape)
 
-    # Keeping -------------------------------------------------------------------------------------
+    # Around it -----------------------------------------------------------------------------------
 
-    @classmethod
-    def from_config(
-        cls,
-        config: str | Path | Config | Mapping[str, Any],
-        overrides: Sequence[str] = (),
-        allow_imports: bool | Sequence[str] = False,
-    ) -> Engine:
-        """An engine from a YAML file (its ``engine:`` section, or the whole file) or a loaded config.
-
-        Args:
-            overrides, allow_imports: For a file, see :func:`vdiff.registry.load_config`.
-        """
-        if isinstance(config, str | Path):
-            config = load_config(config, overrides=overrides, allow_imports=allow_imports)
-        return build(config.get("engine", config), "engine", "engine")
-
-    @classmethod
-    def load(
-        cls,
-        run: str | Path,
-        weights: Literal["ema", "raw"] = "ema",
-        step: int | Literal["last", "best"] = "last",
-        allow_imports: bool | Sequence[str] = False,
-    ) -> Engine:
-        """The engine of a run folder, with its weights, in eval mode; ``engine.weights`` says which weights.
-
-        Args:
-            run: The folder; it holds ``config.yaml`` and ``checkpoints``.
-            weights: ``ema`` (averaged, the default) or ``raw``.
-            step: Of which checkpoint; ``last`` is the newest valid one.
-            allow_imports: Whether modules that the run's config names may be imported; they run code.
-
-        Raises:
-            FileNotFoundError: no such run or checkpoint, or it kept no averaged weights.
-            DamagedCheckpointError: the checkpoint does not match its checksums.
-        """
-        run = Path(run)
-        if not (run / "config.yaml").is_file():
-            raise FileNotFoundError(
-                f"{run} is not a run, it has no config.yaml. Make one: vdiff train CONFIG --out {run}"
-            )
-        tensors, folder = read_run_weights(run, weights, step)
-        engine = cls.from_config(load_config(run / "config.yaml", interpolate=False, allow_imports=allow_imports))
-        load_into(engine, tensors, where=str(folder))
-        engine.weights = f"{weights} weights of {folder.name}"
-        return engine.eval()
-
-    def save(self, file: str | Path) -> None:
-        """All weights as one safetensors file; :func:`vdiff.checkpoints.load_into` reads it back."""
-        save_weights(Path(file), self.state_dict(), {"weights": self.weights, "engine": type(self).__name__})
+    def pictures(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
+        """Inputs, noised, denoised and samples; the columns go from little noise to much."""
+        pixels = batch[self.input_key]
+        x0, cond = self.first_stage.encode(pixels), self.conditioner(batch)
+        level, noise = self.draw(x0, batch)
+        x_t = level.mix(x0, noise)
+        denoised = self.denoiser(x_t, level, cond).x0
+        samples = self.sample(cond, tuple(pixels.shape[1:]), num=len(pixels), seeds=seed)
+        order = level.ratio.argsort().to(pixels.device)
+        size = (level.alpha**2 + level.sigma**2).sqrt()  # without it much noise is just black and white
+        return {
+            "inputs": pixels[order],
+            "noised": self.first_stage.decode(x_t / spread(size, x_t))[order],
+            "denoised": self.first_stage.decode(denoised)[order],
+            "samples": samples[order],
+        }
 
     def compile(self, **options: Any) -> None:  # noqa: ANN401
-        """Compile the network in place; mixins, guiders and samplers stay as they are.
+        """Compile the network in place, and those of companions that mixins hold; mixins, guiders and samplers stay as
+        they are.
 
-        With a reference model attached the network has two graphs, one with gradient and one without.
+        With a reference model attached there are two graphs, one with gradient and one without.
         """
         # A hook on the compiled module itself would otherwise be a graph of its own.
         torch._dynamo.config.wrap_top_frame = True
-        network: nn.Module = getattr(self.denoiser, "network", self.denoiser)  # type: ignore[assignment]
-        nn.Module.compile(network, **options)
+        companions = [companion for part in parts(self) for companion in part.companions()]
+        for denoiser in (self.denoiser, *companions):
+            network: nn.Module = getattr(denoiser, "network", denoiser)  # type: ignore[assignment]
+            nn.Module.compile(network, **options)
 
 
 def _check_rows(denoiser: Denoiser, schedule: NoiseSchedule) -> None:

@@ -1,6 +1,19 @@
 """First stages: pixels to latents and back."""
 
-from vdiff.first_stages.base import FirstStage
+from vdiff.first_stages.autoencoder_kl import AutoencoderKL, DiagonalGaussian
+from vdiff.first_stages.base import Autoencoder, FirstStage, Reconstruction
+from vdiff.first_stages.convolutional import ConvolutionalAutoencoder
 from vdiff.first_stages.identity import IdentityFirstStage
+from vdiff.first_stages.vq import Codebook, VQAutoencoder
 
-__all__ = ["FirstStage", "IdentityFirstStage"]
+__all__ = [
+    "Autoencoder",
+    "AutoencoderKL",
+    "Codebook",
+    "ConvolutionalAutoencoder",
+    "DiagonalGaussian",
+    "FirstStage",
+    "IdentityFirstStage",
+    "Reconstruction",
+    "VQAutoencoder",
+]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor, nn
 
+from vdiff.process import RowKeys
 from vdiff.registry import Registered
 
 
 class FirstStage(Registered, nn.Module, kind="first_stage"):
     """``encode`` pixels to latents, ``decode`` latents to pixels.
+
+    Both are functions of what they are given and draw nothing: where an encoder says a distribution, the latents
+    are its mean. A :class:`vdiff.engine.DiffusionEngine` freezes its first stage.
 
     Attributes:
         pixel_range: The values it takes and gives, ``(low, high)``.
@@ -30,3 +36,37 @@ class FirstStage(Registered, nn.Module, kind="first_stage"):
     @abstractmethod
     def latent_shape(self, pixel_shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the latents of one sample of shape ``(c, h, w)`` or ``(c, f, h, w)``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """What comes back from pixels that went through a first stage.
+
+    Attributes:
+        pixels: In the shape of what went in.
+        latents: As ``encode`` gives them, but for what was drawn.
+        penalties: What the code costs, by name, each ``(B,)`` and in units of the mean over pixel values, so that
+            it can be added to a mean error per pixel value.
+    """
+
+    pixels: Tensor
+    latents: Tensor
+    penalties: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Autoencoder(FirstStage, abstract=True):
+    """A first stage that can be trained, by :class:`vdiff.engine.AutoencoderEngine`.
+
+    Attributes:
+        penalties: Names of the penalties it reports, and their usual weights.
+    """
+
+    penalties: ClassVar[Mapping[str, float]] = {}
+
+    @abstractmethod
+    def reconstruct(self, pixels: Tensor, keys: RowKeys | None = None) -> Reconstruction:
+        """Encode and decode, with gradient.
+
+        Args:
+            keys: Of the rows, for what is drawn in training; None draws nothing, as ``encode``.
+        """

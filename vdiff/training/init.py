@@ -25,6 +25,8 @@ class WeightSource:
         only_adapter: Name of a mixin: its own small file, read into that mixin alone.
         inside: Key in a torch file under which the weights lie.
         weights: Of a run or checkpoint folder, ``ema`` or ``raw``.
+        config: Run file of the run that ``file`` is the folder of; :func:`vdiff.training.train` trains it first,
+            unless it is there and finished.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class WeightSource:
         only_adapter: str | None = None,
         inside: str | None = None,
         weights: Literal["ema", "raw"] = "ema",
+        config: Path | None = None,
     ) -> None:
         if only_adapter is not None and (into or prefix or inside):
             raise ValueError("init: an adapter's file says where it belongs; leave out into, prefix and inside.")
         self.file, self.into, self.prefix, self.ignore = Path(file), into, prefix, tuple(ignore or ())
         self.strict, self.only_adapter, self.inside = strict, only_adapter, inside
         self.weights: Literal["ema", "raw"] = weights
+        self.config = None if config is None else Path(config)
 
     def load(self, engine: nn.Module) -> str:
         """Load it; returns a line for the report.

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from vdiff.data import Dataset, Loader
+from vdiff.hooks import attached
+from vdiff.mixins import RefModel
 from vdiff.process import forked, upload
 from vdiff.training.base import FitResult, Training
 from vdiff.training.checkpointing import Checkpointing, RunState
@@ -135,10 +137,14 @@ class Trainer(Training, name="loop"):
         state = RunState(engine, selection, optimizer, scheduler, scaler, self.ema, self.seed)
         if self.ema is not None:
             self.ema.start(selection.trained)
+        copies = [m for m in attached(engine).values() if isinstance(m, RefModel) and m.source == "copy"]
+        begun = initialize(engine, self.init) if copies else None
+        for reference in copies:
+            reference.begin()  # the weights that the run starts from, also where it goes on from later ones
         if state.restore(run / "checkpoints"):
             notes.append(f"Resumed after step {state.step} of {self.num_steps}.")
         else:
-            notes += [f"Initialised: {line}" for line in initialize(engine, self.init)]
+            notes += [f"Initialised: {line}" for line in (initialize(engine, self.init) if begun is None else begun)]
             if self.ema is not None:
                 self.ema.start(selection.trained)
         notes += [f"Passed over a damaged checkpoint, {folder.name}: {why}" for folder, why in state.passed_over]
@@ -248,9 +254,13 @@ class Trainer(Training, name="loop"):
         how = (state.engine, loader, self.move, state.ema, self.autocast)
         figures, image = self.validation.figures(*how), self.validation.picture(*how)
         if image is not None:
-            from vdiff.evaluation import save_picture
+            from vdiff.evaluation import save_film, save_picture
 
-            save_picture(image, run / "pictures" / f"step-{state.step:08d}.png")
+            if isinstance(image, list):
+                save_film(image, run / "pictures" / f"step-{state.step:08d}.gif")
+                image = image[-1]  # what a logger shows of a video
+            else:
+                save_picture(image, run / "pictures" / f"step-{state.step:08d}.png")
             for logger in self.logging.loggers:
                 logger.picture(state.step, "validation", image)
         if (metric := self.checkpoint.best) is not None:

@@ -34,7 +34,7 @@ def start_report(
     tables = [_samples(datasets), _slots(engine), _groups(selection), _batch(engine, datasets, batch)]
     if (levels := _levels(engine, batch)) is not None:
         tables.append(levels)
-    return _render([table for table in tables if table[2]], notes)
+    return _render([table for table in tables if table[2]], [*notes, *_dropped(datasets)])
 
 
 def check_inputs(engine: nn.Module, datasets: Mapping[str, Dataset], batch: Mapping[str, Any]) -> None:
@@ -60,6 +60,16 @@ def check_inputs(engine: nn.Module, datasets: Mapping[str, Dataset], batch: Mapp
 def _samples(datasets: Mapping[str, Dataset]) -> Table:
     rows = [[name, type(d).__name__, f"{d.num_kept:,}", f"{d.num_dropped:,}"] for name, d in datasets.items()]
     return "Samples", ("data", "type", "kept", "dropped"), rows
+
+
+def _dropped(datasets: Mapping[str, Dataset]) -> list[str]:
+    """Which examples were left out and why, the first of them by name."""
+    lines = []
+    for name, dataset in datasets.items():
+        named = [f"{example} ({reason})" for example, reason in list(dataset.dropped.items())[:20]]
+        more = [f"and {len(dataset.dropped) - 20} more"] if len(dataset.dropped) > 20 else []
+        lines += [f"data.{name} left out: {'; '.join(named + more)}."] if named else []
+    return lines
 
 
 def _slots(engine: nn.Module) -> Table:

@@ -30,7 +30,8 @@ def train(config: Config | Mapping[str, Any], out: str | Path) -> FitResult:
     """Train what a run file describes, in the folder ``out``; continues the run that is there.
 
     Args:
-        config: Sections ``engine``, ``data`` (``train`` and, if wanted, ``validation``) and ``training``.
+        config: Sections ``engine``, ``data`` (``train`` and, if wanted, ``validation``) and ``training``. A run
+            that ``training.init`` starts from and names the ``config`` of is trained before, if it is not yet.
 
     Raises:
         ConfigError: something in the file cannot be built, or the run there was begun with another config.
@@ -39,9 +40,13 @@ def train(config: Config | Mapping[str, Any], out: str | Path) -> FitResult:
     out = Path(out)
     config = config if isinstance(config, Config) else Config(dict(config))
     plans = check_run(config)
+    training: Training = plans["training"].make()
+    if not _has_checkpoint(out):
+        for source in getattr(training, "init", ()):
+            if source.config is not None:
+                train(load_config(source.config), source.file)  # a finished run has no steps left
     resolved = resolve(plans, config, out)
     settle_config(resolved, out)
-    training: Training = plans["training"].make()
     with forked(training.seed, "init"):
         engine = plans["engine"].make()
     data: dict[str, Dataset] = {name: plan.make() for name, plan in plans["data"].items()}

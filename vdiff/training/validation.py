@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vdiff.data import Dataset, Loader
 from vdiff.networks import in_eval
-from vdiff.process import forked, spread
+from vdiff.process import forked
 from vdiff.training.ema import EMA
 from vdiff.training.figures import Means
 
@@ -28,7 +28,7 @@ class Validation:
         every: Steps between validations; the last step is always validated.
         num_batches: Of the size of a training step; fewer if the data has fewer.
         seed: Fixes which examples and which noise, over all steps and runs.
-        num_pictures: Columns of the picture (inputs, noised, denoised, samples); 0 draws none.
+        num_pictures: Columns of the picture, see :meth:`vdiff.engine.Engine.pictures`; 0 draws none.
     """
 
     def __init__(self, every: int = 500, num_batches: int = 4, seed: int = 0, num_pictures: int = 8) -> None:
@@ -75,36 +75,25 @@ class Validation:
     def picture(
         self, engine: Any, loader: Loader, move: MoveBatch, ema: EMA | None = None, autocast: Autocast = nullcontext
     ) -> Any:
-        """Inputs, noised, denoised and samples under each other, as a PIL image; None if the data are no pictures.
-
-        The columns go from little noise to much.
-        """
-        from vdiff.evaluation import titled_rows
+        """The engine's rows of pictures under each other, as a PIL image, or those of videos as a list of frames;
+        None if the data are neither."""
+        from vdiff.evaluation import titled_film, titled_rows
 
         batch = move(loader.batch(0))
         pixels: Any = batch.get(getattr(engine, "input_key", ""))
-        if not self.num_pictures or not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+        if not self.num_pictures or not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
+            return None
+        if pixels.shape[1] not in (1, 3):
             return None
         batch = _rows(batch, len(pixels), self.num_pictures)
-        pixels = batch[engine.input_key]
         averaged: AbstractContextManager[None] = nullcontext() if ema is None else ema.applied(engine)
         with averaged, in_eval(engine), forked(self.seed, "picture"), autocast():
-            x0 = engine.first_stage.encode(pixels)
-            cond = engine.conditioner(batch)
-            level, noise = engine.draw(x0, batch)
-            x_t = level.mix(x0, noise)
-            denoised = engine.denoiser(x_t, level, cond).x0
-            samples = engine.sample(cond, tuple(pixels.shape[1:]), num=len(pixels), seeds=self.seed)
-            order = level.ratio.argsort().to(pixels.device)
-            low, high = engine.first_stage.pixel_range
-            size = (level.alpha**2 + level.sigma**2).sqrt()  # without it much noise is just black and white
-            rows = {
-                "inputs": pixels[order],
-                "noised": engine.first_stage.decode(x_t / spread(size, x_t))[order],
-                "denoised": engine.first_stage.decode(denoised)[order],
-                "samples": samples[order],
-            }
-        return titled_rows({title: images.float().cpu() for title, images in rows.items()}, low, high)
+            rows = engine.pictures(batch, self.seed)
+        if not rows:
+            return None
+        low, high = engine.first_stage.pixel_range
+        draw = titled_rows if pixels.ndim == 4 else titled_film
+        return draw({title: images.float().cpu() for title, images in rows.items()}, low, high)
 
 
 def _rows(batch: Mapping[str, Any], size: int, num: int) -> dict[str, Any]:
