@@ -9,6 +9,7 @@ from vdiff.process import CosineSchedule, EDMSchedule, FlowSchedule
 from vdiff.samplers import (
     Clamp,
     DDIMSampler,
+    DDPMSampler,
     DPMpp2MSampler,
     EarlyStop,
     EulerAncestralSampler,
@@ -135,3 +136,19 @@ def test_a_callback_may_stop_with_what_it_saw(progress):
 
     out = DPMpp2MSampler(6)(one_gaussian(), EDMSchedule(), noise(), callback=stop, progress=progress)
     assert len(seen) == 3 and torch.equal(out, seen[-1].x0)
+
+
+def test_ddpm_clips_what_the_network_says():
+    z, schedule, narrow = noise(8), CosineSchedule(), (-0.2, 0.3)
+    walk = lambda sampler, **options: sampler(one_gaussian(), schedule, z, seeds=range(8), **options)  # noqa: E731
+    clipped = walk(DDPMSampler(6, clip=narrow))
+    assert torch.equal(clipped, walk(DDPMSampler(6), edit=Clamp(*narrow)))
+    assert not torch.equal(clipped, walk(DDPMSampler(6)))
+    assert clipped.min() >= -0.2 and clipped.max() <= 0.3  # into data no noise is added
+
+
+def test_an_edit_has_the_last_word_over_the_clip():
+    known, z = torch.full((8, 2), 0.7, dtype=torch.float64), noise(8)
+    sampler = DDPMSampler(6, clip=(-0.2, 0.3))
+    x = sampler(one_gaussian(), CosineSchedule(), z, seeds=range(8), x0=known, edit=Inpainting(known, MASK))
+    assert (x[:, 1] - 0.7).abs().max() < 1e-12 and x[:, 0].max() <= 0.3

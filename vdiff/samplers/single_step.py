@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from vdiff.process import Discretizer, NoiseSchedule
 from vdiff.samplers.base import Sampler
+from vdiff.samplers.edits import Clamp, in_turn
 from vdiff.samplers.euler import AncestralSampler, ChurnSampler
+from vdiff.samplers.executor import Edit, Run
 from vdiff.samplers.noise import NoiseSource
 from vdiff.samplers.plan import Node, Stage, ancestral, transfer
 from vdiff.samplers.quadrature import EpsilonForm, Form, X0Form
@@ -130,6 +132,8 @@ class DDPMSampler(Sampler, name="ddpm"):
 
     Args:
         v_posterior: Variance of the fresh noise, from 0, :math:`\tilde\beta` (DDIM with eta 1), to 1, :math:`\beta`.
+        clip: Lowest and highest value of x0, to which what the network says is clamped at every call; published code
+            has (-1, 1) for pixels. None leaves it alone, as latents want it.
         num_steps, discretizer, noise_source, init: See :class:`Sampler`.
 
     References:
@@ -143,11 +147,16 @@ class DDPMSampler(Sampler, name="ddpm"):
         discretizer: Discretizer | None = None,
         noise_source: NoiseSource | None = None,
         init: Literal["sigma", "vp"] | float = "sigma",
+        clip: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(num_steps, discretizer, noise_source, init)
         if not 0 <= v_posterior <= 1:
             raise ValueError(f"DDPMSampler: v_posterior must lie in [0, 1], got {v_posterior}.")
-        self.v_posterior = v_posterior
+        self.v_posterior, self.clip = v_posterior, clip
+
+    def bind(self, *args: Any, edit: Edit | None = None, **options: Any) -> Run:
+        edits = ([] if self.clip is None else [Clamp(*self.clip)]) + ([] if edit is None else [edit])
+        return super().bind(*args, edit=in_turn(*edits) if edits else None, **options)
 
     def plan(self, nodes: Sequence[Node], schedule: NoiseSchedule) -> Iterable[Stage]:
         for now, then in pairwise(nodes):
