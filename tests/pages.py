@@ -31,7 +31,11 @@ def follow(page):
         if file:
             Path(file).write_text(text)
         elif language == "python":
-            exec(compile(text, where, "exec"), names)
+            sys.path.insert(0, str(Path.cwd()))  # as for `python page.py`; the vdiff command has no such place
+            try:
+                exec(compile(text, where, "exec"), names)
+            finally:
+                sys.path.pop(0)
         elif language == "bash":
             for line in text.replace("\\\n", " ").splitlines():
                 command(line, where)

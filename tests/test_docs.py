@@ -18,7 +18,6 @@ HOWTOS = [page for page in PAGES if page.parent.name == "howto"]
 @pytest.mark.parametrize("page", [p for p in PAGES if p.stem != "architecture"], ids=lambda p: p.stem)
 def test_a_page_can_be_followed_from_an_empty_folder(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
     torch.manual_seed(0)
     if page.stem != "quickstart":  # the others begin where its first file is written
         (run_file,) = [text for _, file, text in pages.blocks(DOCS / "quickstart.md") if file == "digits.yaml"]

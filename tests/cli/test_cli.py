@@ -257,3 +257,27 @@ def test_guidance_turns_the_runs_own_guider_and_replaces_none():
     engine.guider = ScalelessGuider()
     with pytest.raises(ValueError, match="ScalelessGuider, has no scale"):
         _guide(engine, 2.0)
+
+
+def test_inspect_lists_the_keys_of_a_run_and_holds_them_against_a_config(run, capsys):
+    config = str(run / "config.yaml")
+    assert main(["inspect", str(run), "--keys", "--against", config]) == 0
+    said = capsys.readouterr().out
+    assert "denoiser.network.out.2.weight (1, " in said and "tensors loaded" in said
+    assert main(["inspect", str(run), "--against", config, "--slot", "denoiser"]) == 1
+    assert "they do not fit" in capsys.readouterr().out
+
+
+def test_a_checkpoint_folder_is_answered_with_its_run(run):
+    with pytest.raises(FileNotFoundError, match=r"is a checkpoint of the run .*step=3"):
+        DiffusionEngine.load(run / "checkpoints" / "step-00000003")
+
+
+def test_a_misspelt_section_and_type_name_their_line(tmp_path, capsys):
+    file = tmp_path / "a.yaml"
+    file.write_text("engine: {type: diffusion}\ntrainning: {}\n")
+    main(["train", str(file), "engine.schedule.type=cosin"])
+    said = capsys.readouterr().err
+    assert "a.yaml:2: trainning: a run file has the sections" in said and "Did you mean 'training'?" in said
+    (line,) = [line for line in said.splitlines() if "cosin" in line]
+    assert "Did you mean 'cosine'?" in line and "a.yaml" not in line  # the override is at fault, not the file

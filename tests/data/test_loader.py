@@ -187,3 +187,15 @@ def test_a_loader_is_built_from_a_mapping():
         tree = {"type": "short", "data": {"dataset": {"type": "digits", "split": "test"}, "batch_size": 4}}
         loader = build(tree, "made_up_run").data
     assert len(loader.dataset) == 360 and loader.batch(0)["image"].shape == (4, 1, 8, 8)
+
+
+def test_a_data_set_of_torch_is_answered_with_what_to_derive_from():
+    class Foreign(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return {"image": torch.zeros(1)}
+
+    with pytest.raises(TypeError, match="no vdiff.data.Dataset. Derive from that"):
+        Loader(Foreign(), 2)

@@ -25,7 +25,7 @@ from vdiff.process import (
     UniformSigmaSampler,
     ZeroSNRSchedule,
 )
-from vdiff.samplers import CFGGuider, DDIMSampler, EulerAncestralSampler, HeunSampler
+from vdiff.samplers import CFGGuider, DDIMSampler, EulerAncestralSampler, EulerSampler, HeunSampler
 
 
 def network(**options):
@@ -334,3 +334,23 @@ def test_a_negative_takes_the_place_of_the_null():
         .with_null(engine.conditioner({"label": torch.tensor([5, 5])}).with_(null=None))
     )
     assert torch.equal(away, engine.sample(by_hand, guider=guider)) and not torch.allclose(away, plain)
+
+
+def test_a_name_and_a_scale_do_for_a_sampler_and_a_guider():
+    engine, label = make(), {"label": [3, 4]}
+    by_name = engine.sample(label, sampler="euler", guider=2.0)
+    assert torch.equal(by_name, engine.sample(label, sampler=EulerSampler(), guider=CFGGuider(2.0)))
+    with pytest.raises(ValueError, match="no sampler is called 'eulr'. Did you mean 'euler'"):
+        engine.sample(label, sampler="eulr")
+
+
+def test_a_negative_without_guidance_is_refused():
+    engine = make()
+    with pytest.raises(ValueError, match="guider asks for none"):
+        engine.sample({"label": [3]}, negative={"label": [4]})
+    assert engine.sample({"label": [3]}, negative={"label": [4]}, guider=1.5).shape == (1, 1, 8, 8)
+
+
+def test_a_misspelt_field_is_answered_with_the_nearest():
+    with pytest.raises(KeyError, match="Did you mean 'lable'"):
+        make().sample({"lable": [3]})

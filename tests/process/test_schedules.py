@@ -331,3 +331,10 @@ def test_schedules_are_built_by_name():
     node = {"type": "zero_snr", "shift": 3, "shift_order": "after", "num_rows": 10}
     assert build(node, "schedule")(1.0).alpha.item() == 0
     assert isinstance(build({"type": "tabulated", "betas": [0.1, 0.2]}, "schedule")(0.5), NoiseLevel)
+
+
+def test_steps_of_a_table_are_no_times():
+    with pytest.raises(ValueError, match="time runs from 0, data, to 1, noise; got 500 to 500"):
+        FlowSchedule()(500.0)
+    with pytest.raises(ValueError, match="to 999"):
+        ScaledLinearSchedule()(torch.arange(1000.0))

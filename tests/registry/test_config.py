@@ -232,6 +232,14 @@ def test_an_override_makes_the_sections_on_its_way(write):
     assert override(write, "engine.empty.key=1")["engine"]["empty"] == {"key": 1}
 
 
+@pytest.mark.parametrize("turn", [1, -1])
+def test_another_type_by_override_takes_the_arguments_away_but_not_those_of_other_overrides(write, turn):
+    file = write("a.yaml", "sampler: {type: heun, churn: 40}")
+    overrides = ["sampler.type=ddim", "sampler.eta=0.5"][::turn]
+    assert load(file, overrides=overrides)["sampler"] == {"type": "ddim", "eta": 0.5}
+    assert load(file, overrides=["sampler.type=heun"])["sampler"] == {"type": "heun", "churn": 40}
+
+
 def test_overrides_stand_alone():
     assert load(overrides=["a.b=1"]) == {"a": {"b": 1}}
 
@@ -406,6 +414,17 @@ def test_a_module_beside_the_file_that_names_it_is_found(tmp_path, monkeypatch):
     path = list(sys.path)
     load_config(tmp_path / "run.yaml", allow_imports=True)
     assert sys.modules.pop("lab_beside_the_run").FOUND and sys.path == path
+
+
+def test_so_is_one_in_the_current_folder_where_the_config_lies_elsewhere(tmp_path, monkeypatch):
+    """The config of a run folder is a copy; its modules stayed where the command was given."""
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "lab_of_this_folder.py").write_text("FOUND = True\n")
+    (tmp_path / "outputs" / "config.yaml").write_text("imports: [lab_of_this_folder]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])  # as under a console script
+    load_config("outputs/config.yaml", allow_imports=True)
+    assert sys.modules.pop("lab_of_this_folder").FOUND
 
 
 def test_a_module_that_fails_to_import_is_named(tmp_path):

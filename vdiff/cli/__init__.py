@@ -1,4 +1,4 @@
-"""The command line: ``vdiff train | sample | evaluate | list | describe | inspect | summary | doctor``."""
+"""The command line: ``vdiff train | sample | evaluate | list | describe | convert | inspect | summary | doctor``."""
 
 from vdiff.cli.entry import main
 

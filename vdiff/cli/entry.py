@@ -14,6 +14,8 @@ EXAMPLES = """examples:
   vdiff sample outputs/digits_text --prompt "a handwritten three" --guidance 3 --negative "a handwritten eight"
   vdiff evaluate outputs/digits_edm
   vdiff describe sampler/heun
+  vdiff convert outputs/digits_lora style.safetensors --mixin style
+  vdiff convert style.safetensors style_peft --to peft
 """
 
 EXIT_USER_ERROR = 2
@@ -123,6 +125,19 @@ def parser() -> argparse.ArgumentParser:
     plot.add_argument("--steps", type=_count, default=10, help="with --discretizer (10)")
     plot.add_argument("--out", default=None, help=".png, .pdf or .svg")
     _imports_argument(plot)
+
+    convert = _command(commands, "convert", "conversion", "an adapter from one file format to another, or out of a run")
+    convert.add_argument("source", metavar="IN", help="file or folder of an adapter, or RUN")
+    convert.add_argument("out", metavar="OUT", help="file; for peft a folder")
+    formats = ("vdiff", "peft", "diffusers", "kohya", "sat", "unicon")
+    convert.add_argument("--to", choices=formats, default="vdiff", help="format of OUT (vdiff)")
+    convert.add_argument("--host", help="the network, for its modules' names: a run, a run file, sd15, sd2 or sdxl")
+    convert.add_argument("--component", help="of a file for a whole pipeline: unet, transformer, text_encoder, ...")
+    convert.add_argument("--alpha", type=float, default=None, help="of a file that does not say it (SAT)")
+    convert.add_argument("--mixin", default=None, metavar="NAME", help="of a run; by default its only one")
+    convert.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a run (ema)")
+    convert.add_argument("--step", type=_checkpoint, default="last", help="of a run: a checkpoint, last or best")
+    _imports_argument(convert)
 
     _command(commands, "doctor", "inspection", "what this machine can do")
     return top

@@ -33,10 +33,11 @@ OPTIONAL = {
 def inspect(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
     if path.is_dir():
-        return _inspect_run(path, arguments.depth, arguments.allow_imports)
-    tensors = read_weights(path)
-    for key, value in read_metadata(path).items() if path.suffix == ".safetensors" else ():
-        print(f"{key}: {value[:200]}")
+        tensors = _inspect_run(path, arguments.allow_imports)
+    else:
+        tensors = read_weights(path)
+        for key, value in read_metadata(path).items() if path.suffix == ".safetensors" else ():
+            print(f"{key}: {value[:200]}")
     census(tensors, arguments.depth)
     if arguments.keys:
         for name, value in tensors.items():
@@ -63,7 +64,8 @@ def _compare(tensors: dict[str, Tensor], arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _inspect_run(run: Path, depth: int, allow_imports: bool) -> int:
+def _inspect_run(run: Path, allow_imports: bool) -> dict[str, Tensor]:
+    """Says what is in a run folder; the weights of its last checkpoint."""
     from vdiff.engine import DiffusionEngine
     from vdiff.hooks import describe
 
@@ -79,8 +81,7 @@ def _inspect_run(run: Path, depth: int, allow_imports: bool) -> int:
         print(f"{slot}: {type(module).__name__}, {sum(p.numel() for p in module.parameters()):,} parameters")
     touched = describe(engine)
     print(touched if touched else "no mixins")
-    census(read_weights(find_checkpoint(run) / "model.safetensors"), depth)
-    return 0
+    return read_weights(find_checkpoint(run) / "model.safetensors")
 
 
 def census(tensors: dict[str, Tensor], depth: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from vdiff.cli.conditions import Fields, asked_fields, cycled, fields_of, negati
 from vdiff.cli.reconstruction import evaluate_autoencoder
 from vdiff.data import Dataset
 from vdiff.engine import AutoencoderEngine, DiffusionEngine, Engine
-from vdiff.evaluation import Reference, Samples, film, grid, save_figures, save_film, save_picture, table
+from vdiff.evaluation import Metric, Reference, Samples, film, grid, save_figures, save_film, save_picture, table
 from vdiff.evaluation import evaluate as measure
 from vdiff.evaluation.videos import FILM_SUFFIXES, import_av
 from vdiff.process import ExplicitDiscretizer
@@ -79,12 +80,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
         return evaluate_autoencoder(engine, data, arguments)
     assert isinstance(engine, DiffusionEngine)
     reference = Reference.of(data["train"], data["validation"], image=engine.input_key, most=MOST)
-    metrics = [build({"type": name}, "metric") for name in arguments.metric or entries("metric")]
-    if not arguments.metric:
-        metrics = [metric for metric in metrics if reference.test_images.ndim in metric.ndims]
     num = arguments.num or len(reference.train_images) + len(reference.test_images)
     told = [arguments.prompts_of] if arguments.prompts_of else ["train", "validation"]
     fields, labels = fields_of(engine, [data[name] for name in told], num)
+    metrics = _metrics(arguments.metric, reference, labels is not None)
     images = draw(engine, arguments, fields, num)
     figures = {"num_samples": float(num), **measure(Samples(images, labels), reference, metrics)}
     out = Path(arguments.out or run / "evaluation.json")
@@ -93,6 +92,18 @@ def evaluate(arguments: argparse.Namespace) -> int:
     print(table(figures))
     print(f"figures in {out}")
     return 0
+
+
+def _metrics(asked: Sequence[str] | None, reference: Reference, has_labels: bool) -> list[Metric]:
+    """Those asked for, refused before samples are drawn for them, or all that fit."""
+    metrics = [build({"type": name}, "metric") for name in asked or entries("metric")]
+    for metric in metrics if asked else ():
+        if not metric.fits(reference, has_labels):
+            raise ValueError(
+                f"evaluate: {type(metric).__name__} does not fit this run: it measures other samples, or needs labels, "
+                "which these data or this engine's conditions do not have."
+            )
+    return [metric for metric in metrics if metric.fits(reference, has_labels)]
 
 
 def load_engine(arguments: argparse.Namespace) -> Engine:

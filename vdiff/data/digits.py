@@ -35,7 +35,7 @@ class Digits(Dataset):
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise ImportError(
-                "Digits: the digits come inside scikit-learn, which is not installed: pip install 'vdiff[data]'"
+                "Digits: the digits come inside scikit-learn, which is not installed: pip install scikit-learn"
             ) from error
         if split not in ("train", "test", "all"):
             raise ValueError(f"Digits: split must be 'train', 'test' or 'all', got {split!r}.")

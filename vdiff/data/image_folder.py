@@ -19,9 +19,9 @@ class ImageFolder(FolderDataset):
     """PNG, JPEG and WebP files of a folder; ``{type: image_folder, folder: flowers, size: 64}``.
 
     A row has ``image``, ``(channels, h, w)`` float32 in [-1, 1]; ``label`` and ``caption`` where there are any, or
-    the table's fields; and ``file``, ``original_size`` (height, width) and ``crop_top_left`` (of the cut, in pixels
-    of the original), which some networks are told. Pictures are turned as their EXIF says; transparent ones lie on
-    ``background``; grey and colour become what ``channels`` says.
+    the table's fields; and ``file``, ``original_size`` and ``target_size`` (height, width) and ``crop_top_left`` (of
+    the cut, in pixels of the original), which some networks are told. Pictures are turned as their EXIF says;
+    transparent ones lie on ``background``; grey and colour become what ``channels`` says.
 
     An example asked for by number is cut in the centre. A visit of training draws crop and flip from its own key,
     which seed, epoch and example decide.
@@ -59,12 +59,14 @@ class ImageFolder(FolderDataset):
         image = self.picture(listed)
         cut = self.framing.cut(image.size, random)
         left, upper = (round(place) for place in cut.box[:2])
+        pixels = self.framing(image, cut)
         return {
-            "image": self.framing(image, cut),
+            "image": pixels,
             **listed.fields,
             "file": self.name(listed),
             "original_size": (image.height, image.width),
             "crop_top_left": (upper, left),
+            "target_size": (pixels.shape[-2], pixels.shape[-1]),
         }
 
     def picture(self, listed: Listed) -> Image.Image:

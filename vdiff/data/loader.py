@@ -46,6 +46,11 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"Loader: {type(dataset).__name__} is no vdiff.data.Dataset. Derive from that instead of torch's: "
+                "__len__ and __getitem__ stay, and `ranges` declares the lowest and highest value of each field."
+            )
         if len(dataset) == 0:
             raise ValueError(f"Loader: {type(dataset).__name__} has no examples ({dataset.num_dropped} were dropped).")
         if min(batch_size, accumulate, world_size) < 1 or num_workers < 0 or not 0 <= rank < world_size:

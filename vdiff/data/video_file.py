@@ -161,9 +161,7 @@ def _opened(file: Path) -> Any:
     try:
         import av
     except ImportError as error:
-        raise ImportError(
-            "VideoFolder: videos are read with PyAV, which is not installed: pip install 'vdiff[video]'"
-        ) from error
+        raise ImportError("VideoFolder: videos are read with PyAV, which is not installed: pip install av") from error
     try:
         container = av.open(str(file))
     except Exception as error:

@@ -96,6 +96,12 @@ class Engine(Registered, nn.Module, kind="engine"):
             DamagedCheckpointError: the checkpoint does not match its checksums.
         """
         run = Path(run)
+        if run.parent.name == "checkpoints" and (run.parent.parent / "config.yaml").is_file():
+            number = run.name.removeprefix("step-").lstrip("0") or "0"
+            raise FileNotFoundError(
+                f"{run} is a checkpoint of the run {run.parent.parent}. Load the run, and say which checkpoint: "
+                f"load({str(run.parent.parent)!r}, step={number})."
+            )
         if not (run / "config.yaml").is_file():
             raise FileNotFoundError(
                 f"{run} is not a run, it has no config.yaml. Make one: vdiff train CONFIG --out {run}"

@@ -16,8 +16,9 @@ from vdiff.hooks import parts
 from vdiff.losses import Loss, LossValues
 from vdiff.mixins import Mixin
 from vdiff.networks import in_eval
-from vdiff.process import HOST, Conditioning, NoiseLevel, NoiseSchedule, RowKeys, SigmaSampler, spread, upload
-from vdiff.samplers import Callback, Edit, Guider, NoneGuider, Sampler, gaussian
+from vdiff.process import HOST, Conditioning, NoiseLevel, NoiseSchedule, RowKeys, SigmaSampler, X0Scale, spread, upload
+from vdiff.registry import build
+from vdiff.samplers import Callback, CFGGuider, Edit, Guider, NoneGuider, Sampler, X0ScaleGuider, gaussian
 
 
 class DiffusionEngine(Engine, name="diffusion"):
@@ -37,6 +38,8 @@ class DiffusionEngine(Engine, name="diffusion"):
         offset_noise: Scale of a constant added per channel to the training noise.
         sample_shape: Shape of one sample in pixels, ``(c, h, w)`` or ``(c, f, h, w)``; what :meth:`sample`
             makes unless told otherwise.
+        x0_scale: What x0 is multiplied by at each level (VideoCrafter, DynamiCrafter), in training and sampling alike;
+            a mapping such as ``{last: 0.7}``. By default nothing.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class DiffusionEngine(Engine, name="diffusion"):
         mixins: dict[str, Mixin] | None = None,
         offset_noise: float = 0.0,
         sample_shape: tuple[int, ...] | None = None,
+        x0_scale: X0Scale | None = None,
     ) -> None:
         super().__init__()
         self.input_key = input_key
@@ -62,7 +66,7 @@ class DiffusionEngine(Engine, name="diffusion"):
         self.denoiser = denoiser
         self.schedule, self.sigma_sampler, self.loss = schedule, sigma_sampler, loss
         self.sampler, self.guider = sampler, guider if guider is not None else NoneGuider()
-        self.offset_noise, self.sample_shape = offset_noise, sample_shape
+        self.offset_noise, self.sample_shape, self.x0_scale = offset_noise, sample_shape, x0_scale
         self.weights = "as constructed"
         hardest = sigma_sampler.quantile(torch.tensor([0.5, 1 - 2**-53], **HOST), schedule)
         denoiser.check(hardest, f"{type(schedule).__name__} with {type(sigma_sampler).__name__}")
@@ -76,6 +80,7 @@ class DiffusionEngine(Engine, name="diffusion"):
         x0 = self.first_stage.encode(batch[self.input_key])
         cond = self.conditioner(batch)
         level, noise = self.draw(x0, batch)
+        x0 = self.scaled(x0, level)
         prediction = self.denoiser(level.mix(x0, noise), level, cond)
         return self.loss(prediction, x0, noise, level, batch)
 
@@ -89,6 +94,10 @@ class DiffusionEngine(Engine, name="diffusion"):
             noise = noise + self.offset_noise * channels[(...,) + (None,) * (x0.ndim - 2)]
         dtype = torch.promote_types(x0.dtype, torch.float32)
         return self.levels(batch).upload(x0.device), upload(noise, x0.device).to(dtype)
+
+    def scaled(self, x0: Tensor, level: NoiseLevel) -> Tensor:
+        """The clean sample as the network is to know it at a level."""
+        return x0 if self.x0_scale is None else self.x0_scale(x0, level)
 
     def levels(self, batch: Batch) -> NoiseLevel:
         """The level that :meth:`draw` gives each row, on the host."""
@@ -105,8 +114,8 @@ class DiffusionEngine(Engine, name="diffusion"):
         negative: Conditioning | Batch | None = None,
         num: int | None = None,
         seeds: int | Sequence[int] = 0,
-        sampler: Sampler | None = None,
-        guider: Guider | None = None,
+        sampler: Sampler | str | None = None,
+        guider: Guider | float | None = None,
         x0: Tensor | None = None,
         strength: float = 1.0,
         edit: Edit | None = None,
@@ -123,7 +132,8 @@ class DiffusionEngine(Engine, name="diffusion"):
             num: How many; by default as many as ``cond`` has rows, or as there are seeds.
             seeds: One per sample, or the first of consecutive ones. A sample depends on its own seed and
                 conditions, not on the batch around it.
-            sampler, guider: Instead of the engine's own.
+            sampler, guider: Instead of the engine's own; a sampler's name and a scale of classifier-free guidance do
+                as well.
             x0: Latents to begin at instead of noise alone, ``(num, ...)``; :mod:`vdiff.pipelines` take pixels.
             strength, edit, callback, progress: See :meth:`Sampler.__call__`.
             decode: Pixels; otherwise latents.
@@ -131,18 +141,19 @@ class DiffusionEngine(Engine, name="diffusion"):
         Returns:
             ``(num, *shape)`` in the first stage's pixel range.
         """
+        sampler, guider = self._chosen(sampler, guider, negative is not None)
         with in_eval(self):
             cond = self.conditions(cond, negative)
             seeds = _one_per_sample(seeds, num if x0 is None else len(x0), cond.num_rows)
             noise = self.noise(self._latent_shape(shape) if x0 is None else x0.shape[1:], seeds)
-            x0 = (sampler or self.sampler)(
+            x0 = sampler(
                 self.denoiser,
                 self.schedule,
                 noise,
                 cond,
-                guider=guider or self.guider,
+                guider=self._scaling(guider),
                 seeds=seeds,
-                x0=x0,
+                x0=None if x0 is None else self.scaled(x0, self.schedule(strength)),
                 strength=strength,
                 edit=edit,
                 callback=callback,
@@ -166,6 +177,25 @@ class DiffusionEngine(Engine, name="diffusion"):
             return cond.to(self.device)
         return self.conditioner({k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in cond.items()})
 
+    def _chosen(
+        self, sampler: Sampler | str | None, guider: Guider | float | None, has_negative: bool
+    ) -> tuple[Sampler, Guider]:
+        solver: Sampler = build(sampler, "sampler", "sampler") if isinstance(sampler, str) else sampler or self.sampler
+        guider = self.guider if guider is None else CFGGuider(guider) if isinstance(guider, int | float) else guider
+        if has_negative and isinstance(guider, NoneGuider):
+            raise ValueError(
+                "sample: a negative is what guidance moves away from, and this engine's guider asks for none. "
+                "Give one: guider=2.0 is classifier-free guidance of that scale."
+            )
+        return solver, guider
+
+    def _scaling(self, guider: Guider) -> Guider:
+        """The guider, by which x0 is scaled along the walk as it was in training."""
+        scale = self.x0_scale
+        if scale is None or isinstance(guider, X0ScaleGuider):
+            return guider
+        return X0ScaleGuider(scale.last, scale.num_falling, scale.num_rows, guider)
+
     def _latent_shape(self, shape: Sequence[int] | None) -> tuple[int, ...]:
         shape = shape or self.sample_shape
         if shape is None:
@@ -179,6 +209,7 @@ class DiffusionEngine(Engine, name="diffusion"):
         pixels = batch[self.input_key]
         x0, cond = self.first_stage.encode(pixels), self.conditioner(batch)
         level, noise = self.draw(x0, batch)
+        x0 = self.scaled(x0, level)
         x_t = level.mix(x0, noise)
         denoised = self.denoiser(x_t, level, cond).x0
         samples = self.sample(cond, tuple(pixels.shape[1:]), num=len(pixels), seeds=seed)
@@ -199,6 +230,9 @@ class DiffusionEngine(Engine, name="diffusion"):
         """
         # A hook on the compiled module itself would otherwise be a graph of its own.
         torch._dynamo.config.wrap_top_frame = True
+        # Parts of one mixin hand values on inside a block; where it is recomputed, they do so again.
+        if hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+            torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         companions = [companion for part in parts(self) for companion in part.companions()]
         for denoiser in (self.denoiser, *companions):
             network: nn.Module = getattr(denoiser, "network", denoiser)  # type: ignore[assignment]

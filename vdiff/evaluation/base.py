@@ -75,9 +75,16 @@ class Metric(Registered, kind="metric"):
 
     Attributes:
         ndims: Axes of the samples that it can measure: 4 for images, 5 for videos.
+        needs_labels: Whether samples and reference must say what each picture shows.
     """
 
     ndims: tuple[int, ...] = (4,)
+    needs_labels: bool = False
+
+    def fits(self, reference: Reference, has_labels: bool = True) -> bool:
+        """Whether it measures samples of the reference's kind."""
+        told = has_labels and reference.train_labels is not None and reference.test_labels is not None
+        return reference.test_images.ndim in self.ndims and (told or not self.needs_labels)
 
     @abstractmethod
     def __call__(self, samples: Samples, reference: Reference) -> dict[str, float]:

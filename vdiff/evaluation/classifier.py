@@ -22,6 +22,8 @@ class ClassifierAccuracy(Metric):
         gamma: Width of the radial kernel; ``scale`` is 1 / (features * variance).
     """
 
+    needs_labels = True
+
     def __init__(self, c: float = 10.0, gamma: float | Literal["scale", "auto"] = "scale") -> None:
         self.c, self.gamma = c, gamma
 
@@ -59,7 +61,7 @@ def fitted_classifier(features: Tensor, labels: Tensor, c: float, gamma: float |
     except ImportError as error:
         raise ImportError(
             "ClassifierAccuracy: the classifier comes from scikit-learn, which is not installed: "
-            "pip install 'vdiff[data]'"
+            "pip install scikit-learn"
         ) from error
     classifier = SVC(C=c, gamma=gamma)  # type: ignore[arg-type]
     return classifier.fit(_features(features), _classes(labels))

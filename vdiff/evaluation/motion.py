@@ -76,6 +76,7 @@ class VideoClassifierAccuracy(Metric):
     """
 
     ndims = (5,)
+    needs_labels = True
 
     def __init__(
         self, frame: int = -1, floor: float = 0.1, size: int = 12, c: float = 10.0, gamma: float | str = "scale"

@@ -137,7 +137,7 @@ def _figure(columns: int, width: float = 4.6, height: float = 3.8) -> tuple[Figu
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots need the package matplotlib: pip install 'vdiff[plot]'.") from error
+        raise ImportError("plots need the package matplotlib: pip install matplotlib.") from error
     figure = Figure(figsize=(width * columns, height), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:

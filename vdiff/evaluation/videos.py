@@ -115,7 +115,6 @@ def import_av(owner: str) -> Any:
         import av
     except ImportError as error:
         raise ImportError(
-            f"{owner}: MP4 files are written with PyAV, which is not installed: pip install 'vdiff[video]'. "
-            "A .gif needs nothing."
+            f"{owner}: MP4 files are written with PyAV, which is not installed: pip install av. A .gif needs nothing."
         ) from error
     return av

@@ -109,7 +109,18 @@ def inpaint(
 
 
 def encoded(engine: DiffusionEngine, pixels: Tensor) -> Tensor:
-    """The latents of ``pixels``, without gradient and in eval mode."""
+    """The latents of ``pixels``, without gradient and in eval mode.
+
+    Raises:
+        ValueError: they are far outside of the first stage's ``pixel_range``; samples overshoot it a little.
+    """
+    low, high = engine.first_stage.pixel_range
+    reach = (high - low) / 2
+    if not pixels.is_floating_point() or pixels.min() < low - reach or pixels.max() > high + reach:
+        raise ValueError(
+            f"{type(engine.first_stage).__name__} takes floating pixels in [{low:g}, {high:g}]; got {pixels.dtype} "
+            f"from {pixels.min().item():g} to {pixels.max().item():g}. For [-1, 1] bytes are x / 127.5 - 1."
+        )
     with in_eval(engine.first_stage):
         return engine.first_stage.encode(pixels.to(engine.device))
 

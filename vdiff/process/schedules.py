@@ -33,6 +33,8 @@ class NoiseSchedule(Registered, kind="schedule"):
     def __call__(self, t: Tensor | float) -> NoiseLevel:
         """The level at time ``t`` in [0, 1], any shape; in the dtype of ``t`` (Python numbers: float64)."""
         time = t if isinstance(t, Tensor) else torch.tensor(t, **HOST)
+        if time.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_time(type(self).__name__, time)
         values = self.at(time.double())
         return NoiseLevel(time, *(v.to(time.dtype) for v in values))
 
@@ -52,6 +54,15 @@ class NoiseSchedule(Registered, kind="schedule"):
     @abstractmethod
     def time_at_ratio(self, ratio: Tensor) -> Tensor:
         """The float64 time at which ``sigma / alpha`` is ``ratio``."""
+
+
+def _check_time(who: str, time: Tensor) -> None:
+    """Steps of a table, 0 to 999, are a mistake that would go unnoticed."""
+    if time.numel() and not (time.min() >= -1e-6 and time.max() <= 1 + 1e-6):
+        raise ValueError(
+            f"{who}: time runs from 0, data, to 1, noise; got {time.min().item():g} to {time.max().item():g}. "
+            "Row `index` of a table of N rows stands at t = (index + 1) / N."
+        )
 
 
 class EDMSchedule(NoiseSchedule):

@@ -145,8 +145,9 @@ class _Checker:
 
     faults: list[str] = field(default_factory=list)
 
-    def fault(self, path: str, text: str, source: Any) -> None:
-        self.faults.append(f"{_where(path, source)}{path}: {text}")
+    def fault(self, path: str, text: str, source: Any, origin: str | None = None) -> None:
+        """``origin`` is the path whose line is named, where it is not the path itself."""
+        self.faults.append(f"{_where(origin or path, source)}{path}: {text}")
 
     def argument(self, value: Any, annotation: Any, path: str, source: Any, kind: str | None = None) -> Any:
         """``value`` as its annotation (or, where it is known, its kind) wants it, or a fault and None."""
@@ -176,7 +177,7 @@ class _Checker:
                 raise RegistryError(f"{_spell_kind(kind)} needs a `type:`. Known: {known}.")
             entry = lookup(kind, node["type"])
         except RegistryError as error:
-            self.fault(path, str(error), source)
+            self.fault(path, str(error), source, f"{path}.type" if "type" in node else path)
             return None
         return self.plan(entry, {key: value for key, value in node.items() if key != "type"}, path, source)
 

@@ -109,7 +109,7 @@ def load_config(
         own, own_origins = _read(Path(file), ())
         _merge(tree, own)
         origins |= own_origins
-    for override in overrides:
+    for override in sorted(overrides, key=_types_first):
         _override(tree, origins, override)
     config = Config(tree, origins)
     config = Config(_interpolate(config) if interpolate else plain(tree, _unescape), origins)
@@ -183,6 +183,12 @@ def _merge(tree: dict[str, Any], over: dict[str, Any]) -> None:
             tree[key] = value
 
 
+def _types_first(override: str) -> tuple[bool, int]:
+    """Another type takes a node's arguments away, and must not take away what other overrides gave it."""
+    key = override.partition("=")[0]
+    return (not key.endswith(".type"), key.count(".") if key.endswith(".type") else 0)
+
+
 def _override(tree: dict[str, Any], origins: Origins, override: str) -> None:
     """Set one entry; sections on the way are made, and a bare name becomes one: `sampler: heun`."""
     from vdiff.registry.plain_yaml import parse
@@ -200,7 +206,12 @@ def _override(tree: dict[str, Any], origins: Origins, override: str) -> None:
         if not isinstance(below, dict | list):
             raise ConfigFileError(f"override {override!r}: {'.'.join(parents[:depth])} is {below!r}, not a section.")
         node[place] = node = below
-    node[_place(node, last, override)] = value
+    place = _place(node, last, override)
+    if last == "type" and isinstance(node, dict) and node.get("type", value) != value:
+        node.clear()  # the arguments of one component mean nothing to another
+        for path in [path for path in origins if path.startswith(f"{'.'.join(parents)}.")]:
+            del origins[path]
+    node[place] = value
     for path in [path for path in origins if path.startswith(f"{key}.")]:
         del origins[path]
     origins[key] = None
@@ -246,16 +257,21 @@ def _import_modules(config: Config, allow: bool | Sequence[str]) -> None:
                 "If you trust it, allow it: allow_imports=True, or --allow-imports on the command line."
             )
     origin = config._origin("imports")
-    beside = str(origin[0].parent) if origin else os.getcwd()  # a module may lie beside the file that names it
+    # A module may lie beside the file that names it, or, as for the config of a run folder, where the command is given.
+    here = os.getcwd()
+    places = [here] if origin is None else [str(origin[0].parent), here]
     for module in modules:
-        sys.path.insert(0, beside)
+        before = sys.path[:]
+        sys.path[:0] = places
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever a lab's module raises
             hint = " Leave out '.py'." if module.endswith(".py") else ""
+            looked = f" Looked beside the config ({_short(Path(places[0]))}), here, and among what is installed."
+            hint = hint or (looked if isinstance(error, ModuleNotFoundError) else "")
             raise ConfigFileError(f"{where}: cannot import {module!r}: {error!r}.{hint}") from error
         finally:
-            sys.path.remove(beside)
+            sys.path[:] = before
 
 
 def _short(file: Path) -> str:

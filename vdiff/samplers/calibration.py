@@ -227,5 +227,6 @@ class _Walk:
             on_level = -on_state[1:] * combined + bend * states[:-1] * on_answer
             on_level[1:] += on_state[1:-1] * combined[:-1]
             shifted = np.cumsum((on_level * now)[:0:-1], 0)[::-1]  # a wider step moves all levels after it
-            out = np.concatenate([out, -(self.widths * np.exp(at[self.num_shares :]))[:, None] * shifted])
+            slopes = -1.0 * self.widths * np.exp(at[self.num_shares :])
+            out = np.concatenate([out, slopes[:, None] * shifted])
         return out.T * self.weights[:, None]

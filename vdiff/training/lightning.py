@@ -34,13 +34,14 @@ from vdiff.training.init import WeightSource, initialize
 from vdiff.training.loop import ON_HOST, Trainer
 from vdiff.training.lr_schedules import ConstantLRSchedule, LRSchedule
 from vdiff.training.optimizers import AdamW, Optimizer
+from vdiff.training.report import check_inputs
 from vdiff.training.run import check_run
 
 try:
     from lightning import LightningDataModule, LightningModule
 except ImportError as error:
     raise ImportError(
-        "vdiff.training.lightning needs the package lightning: pip install 'vdiff[lightning]'."
+        "vdiff.training.lightning needs the package lightning: pip install 'lightning>=2.6.6'."
     ) from error
 
 
@@ -97,7 +98,8 @@ class EngineModule(LightningModule):
             return
         if self.ema is not None:
             self.ema.update(self.selection.trained, step)
-        if step % self.trainer.log_every_n_steps == 0 or step == self.trainer.max_steps:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step % every == 0 or step == self.trainer.max_steps:
             figures = {f"train/{name}": value for name, value in self._means.read().items()}
             self.log_dict(figures, sync_dist=True, batch_size=1)
 
@@ -116,6 +118,9 @@ class EngineModule(LightningModule):
         return _move(batch, device)
 
     def on_fit_start(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, DataModule):
+            check_inputs(self.engine, data.datasets, Loader(data.train, 1).batch(0))
         if self.ema is not None:
             self.ema.to(self.device)
 
@@ -170,6 +175,11 @@ class DataModule(LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> dict[str, Any]:
         return _move(batch, device)
+
+    @property
+    def datasets(self) -> dict[str, Dataset]:
+        """The data sets by their part in the run."""
+        return {"train": self.train} | ({} if self.validation is None else {"validation": self.validation})
 
     @property
     def _trainer(self) -> Any:

@@ -111,7 +111,7 @@ class TensorboardLogger(Logger, name="tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(
-                "logger/tensorboard needs the package tensorboard: pip install 'vdiff[tensorboard]', "
+                "logger/tensorboard needs the package tensorboard: pip install tensorboard, "
                 "or leave it out of training.logging.loggers."
             ) from error
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)

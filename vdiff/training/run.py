@@ -10,7 +10,7 @@ from typing import Any
 from vdiff.checkpoints import find_checkpoint
 from vdiff.data import Dataset
 from vdiff.process import forked
-from vdiff.registry import Config, ConfigError, check, load_config, save_config
+from vdiff.registry import Config, ConfigError, check, did_you_mean, load_config, save_config
 from vdiff.training.base import FitResult, Training
 
 CONFIG = "config.yaml"
@@ -57,7 +57,10 @@ def check_run(config: Config) -> dict[str, Any]:
     """The plans of all sections, every fault of the whole file at once."""
     known = ("engine", "data", "training", "imports")
     faults = [
-        f"{key}: a run file has the sections engine, data, training and imports." for key in config if key not in known
+        f"{config.where(key)}{key}: a run file has the sections engine, data, training and imports."
+        f"{did_you_mean(key, known)}"
+        for key in config
+        if key not in known
     ]
     plans: dict[str, Any] = {}
     for section, kind in (("engine", "engine"), ("training", "training")):
