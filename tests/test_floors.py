@@ -24,7 +24,8 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = ["torchvision", "sklearn", "xformers", "open_clip", "transformers", "lightning", "pytorch_lightning"]
 HEAVY += ["matplotlib", "rich", "tensorboard", "torch.utils.tensorboard", "av"]
 ADAPTERS = ["training/lightning.py"]  # subclass a foreign class; imported by nobody but their users
-BUILDERS = ("registry/", "cli/", "training/run.py", "engine/", "mixins/files.py", "process/parameterizations.py")
+BUILDERS = ("registry/", "cli/", "training/run.py", "engine/", "mixins/files.py", "mixins/formats/")
+BUILDERS += ("process/parameterizations.py",)
 
 FILES = sorted(ROOT.rglob("*.py"))
 NAMES = [str(file.relative_to(ROOT)) for file in FILES]

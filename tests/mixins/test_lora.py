@@ -20,7 +20,7 @@ LAYERS = {
 def merged(part, weight):
     """The weight that the pair stands for."""
     scale = part.unit * part.strength
-    groups = part.groups
+    groups = part.parts
     down, up = part.A.chunk(groups), part.B.flatten(1).chunk(groups)
     delta = torch.cat([torch.einsum("or,r...->o...", u, d) for u, d in zip(up, down, strict=True)])
     return weight + scale * delta

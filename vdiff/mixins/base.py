@@ -52,6 +52,10 @@ class Mixin(Registered, kind="mixin"):
     Attributes:
         host: Class name of what it is attached to, was attached to or was saved from; None if new. A mixin
             goes on another family only after ``mixin.host = None``.
+
+    The host is the innermost of the library's modules (a network, an embedder, a first stage) that holds every site,
+    or else the module given to :meth:`attach`. Sites are named from there, so that an adapter trained in an engine
+    goes on the bare network, and the other way round.
     """
 
     host: str | None = None
@@ -62,7 +66,9 @@ class Mixin(Registered, kind="mixin"):
         self._scale = float(scale)
         self._enabled = True
         self._sites: dict[str, tuple[nn.Module, Part]] = {}
+        self._helpers: list[tuple[nn.Module, Part]] = []
         self._weights: Mapping[str, Tensor] = {}  # while not attached, those it will have
+        self._known: dict[str, str] = {}  # its sites from the host, and from where `on` was first asked
 
     @abstractmethod
     def part(self, module: nn.Module, site: str) -> Part:
@@ -75,9 +81,19 @@ class Mixin(Registered, kind="mixin"):
         return bool(self._sites)
 
     @property
+    def _parts(self) -> list[tuple[nn.Module, Part]]:
+        """All it has put somewhere: at its sites, and the helpers of those."""
+        return [*self._sites.values(), *self._helpers]
+
+    @property
     def sites(self) -> tuple[str, ...]:
-        """Names of the modules it touches."""
+        """Names of the modules it touches, from its host."""
         return tuple(self._sites)
+
+    @property
+    def is_rebased(self) -> bool:
+        """Whether ``on`` was asked of more than the host, and so is not how the host names its sites."""
+        return any(site != name for site, name in self._known.items())
 
     def attach(self, root: nn.Module, name: str | None = None) -> Self:
         """Put a part at every module that ``on`` picks, or change nothing and say why.
@@ -99,22 +115,40 @@ class Mixin(Registered, kind="mixin"):
             raise ValueError(
                 f"{who}: a mixin called {name!r} is attached to this {family}. Give this one another name."
             )
-        if self.host not in (None, family):
-            raise ValueError(
-                f"{who}: {name!r} was made for a {self.host}, this is a {family}. "
-                "To try it all the same, set its `host` to None first."
-            )
         _refuse_wrapped(root, who)
-        sites = {site: (module, self.part(module, site)) for site, module in match(root, self.on, who).items()}
-        for module, part in sites.values():
+        named, host = self._named(root, who, name)
+        sites = {site: (module, self.part(module, full)) for site, (full, module) in named.items()}
+        helpers = {
+            _join(site, inner): (module.get_submodule(inner), helper)
+            for site, (module, part) in sites.items()
+            for inner, helper in part.helpers(module).items()
+        }
+        for module, part in (*sites.values(), *helpers.values()):
             part.to(_device(module, root))
             part.mixin, part.mixin_name, part.enabled = self, name, self._enabled
             part.set_scale(self._scale)
         if self._weights:
             _load(sites, self._weights, strict=True, who=who)
-        insert([(site, module, part) for site, (module, part) in sites.items()], who)
-        self._sites, self._weights, self.name, self.host = sites, {}, name, family
+        insert([(site, module, part) for site, (module, part) in (*sites.items(), *helpers.items())], who)
+        self._helpers = list(helpers.values())
+        self._sites, self._weights, self.name, self.host = sites, {}, name, type(host).__name__
+        self._known = {site: full for site, (full, _) in named.items()}
         return self
+
+    def _named(self, root: nn.Module, who: str, name: str) -> tuple[dict[str, tuple[str, nn.Module]], nn.Module]:
+        """The sites from the host, each with the name under which it was asked for, and the host."""
+        if self.host is None:
+            found = match(root, self.on, who)
+            begin, host = _innermost(root, list(found))
+            return {full[len(begin) :]: (full, module) for full, module in found.items()}, host
+        host = _one_of_family(root, self.host, who, name)
+        if self._known:
+            found = match(host, lambda site, _: site in self._known, who)
+            missing = [site for site in self._known if site not in found]
+            if missing:
+                raise ValueError(f"{who}: {name!r} was on {missing[0]!r}, which this {self.host} does not have.")
+            return {site: (self._known[site], found[site]) for site in self._known}, host
+        return {site: (site, module) for site, module in match(host, self.on, who).items()}, host
 
     def detach(self) -> None:
         """Take all parts off; the host is what it was before, bit for bit. The weights stay with the mixin."""
@@ -122,8 +156,8 @@ class Mixin(Registered, kind="mixin"):
             raise ValueError(f"{type(self).__name__}: {self.name!r} is not attached.")
         refuse_in_backward(f"Detaching {self.name!r}")
         weights = self.state_dict()
-        remove(self._sites.values())
-        self._sites, self._weights = {}, weights
+        remove(self._parts)
+        self._sites, self._helpers, self._weights = {}, [], weights
 
     # How much of it ------------------------------------------------------------------------------
 
@@ -134,9 +168,9 @@ class Mixin(Registered, kind="mixin"):
 
     @scale.setter
     def scale(self, value: float) -> None:
-        refuse_in_backward(f"Scaling {self.name!r}")
+        self._turning("Scaling")
         self._scale = float(value)
-        for _, part in self._sites.values():
+        for _, part in self._parts:
             part.set_scale(self._scale)
 
     @property
@@ -146,10 +180,14 @@ class Mixin(Registered, kind="mixin"):
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        refuse_in_backward(f"Switching {self.name!r}")
+        self._turning("Switching")
         self._enabled = bool(value)
-        for _, part in self._sites.values():
+        for _, part in self._parts:
             part.enabled = self._enabled
+
+    def _turning(self, what: str) -> None:
+        """Raise where the mixin cannot be turned now."""
+        refuse_in_backward(f"{what} {self.name!r}")
 
     @contextmanager
     def disabled(self) -> Iterator[Self]:
@@ -201,15 +239,15 @@ class Mixin(Registered, kind="mixin"):
     def arguments(self) -> dict[str, Any]:
         """What to construct it again with, as plain data: every constructor argument from the attribute of its name.
 
-        A predicate ``on`` becomes the list of names that it picked.
+        A predicate ``on``, or one asked of more than the host, becomes the list of sites.
         """
         found = {}
         for name in signature(type(self)):
             if not hasattr(self, name):
                 raise ValueError(f"{type(self).__name__} must keep its argument {name!r} as self.{name} to be saved.")
             found[name] = getattr(self, name)
-        if callable(self.on):
-            found["on"] = list(self.sites)
+        if callable(self.on) or self.is_rebased:
+            found["on"] = list(self._known)
         return found
 
     def save(self, file: str | Path) -> None:
@@ -217,6 +255,9 @@ class Mixin(Registered, kind="mixin"):
         from vdiff.mixins.files import save_mixin
 
         save_mixin(self, file)
+
+    def check_alike(self, other: Mixin, where: str) -> None:
+        """Raise where the weights of ``other``, of the same kind, would mean something else here; by default never."""
 
     def load(self, file: str | Path) -> None:
         """Take the weights of a file that a mixin of the same kind and arguments wrote."""
@@ -251,6 +292,42 @@ def _load(sites: Mapping[str, tuple[nn.Module, Part]], weights: Mapping[str, Ten
     with torch.no_grad():
         for name in shapes:
             own[name].copy_(weights[name])
+
+
+def _innermost(root: nn.Module, sites: list[str]) -> tuple[str, nn.Module]:
+    """The innermost module of the library that holds all sites, and how their names begin with it."""
+    begin, host, place = "", root, root
+    paths = [site.split(".") if site else [] for site in sites]
+    for depth, step in enumerate(min(paths, key=len)):
+        if any(path[depth] != step for path in paths):
+            break
+        place = place.get_submodule(step)
+        if isinstance(place, Registered):
+            begin, host = ".".join(paths[0][: depth + 1]), place
+    return (f"{begin}." if begin and any(site != begin for site in sites) else begin), host
+
+
+def _one_of_family(root: nn.Module, family: str, who: str, name: str) -> nn.Module:
+    """The one module of that class: ``root``, or one of the library's below it."""
+    if type(root).__name__ == family:
+        return root
+    found = {
+        path: module
+        for path, module in root.named_modules()
+        if isinstance(module, Registered) and type(module).__name__ == family
+    }
+    if len(found) == 1:
+        return root.get_submodule(next(iter(found)))
+    if found:
+        raise ValueError(
+            f"{who}: {name!r} was made for a {family}, and this {type(root).__name__} holds {len(found)}: "
+            f"{', '.join(list(found)[:4])}. Attach it to one of them."
+        )
+    raise ValueError(
+        f"{who}: {name!r} was made for a {family}, this is a {type(root).__name__}"
+        f"{' without one' if len(modules) > 1 else ''}. "
+        "To try it all the same, set its `host` to None first."
+    )
 
 
 def _device(module: nn.Module, root: nn.Module) -> torch.device:

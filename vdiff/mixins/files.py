@@ -56,13 +56,14 @@ def load_weights(mixin: Mixin, file: str | Path) -> None:
 
     Raises:
         WeightFileError: not such a file, or of another kind or host family.
-        ValueError: weights of another rank or other sites; nothing was changed.
+        ValueError: weights of another rank, alpha or other sites; nothing was changed.
     """
     kind, _, host = _read_head(file)
     if kind != type(mixin).registered_name:
         raise WeightFileError(f"{file}: holds a {kind}; {mixin.name!r} is a {type(mixin).registered_name}.")
     if None not in (host, mixin.host) and host != mixin.host:
         raise WeightFileError(f"{file}: made for a {host}; {mixin.name!r} is for a {mixin.host}.")
+    mixin.check_alike(load_mixin(file), str(file))
     mixin.load_state_dict(read_weights(file))
 
 

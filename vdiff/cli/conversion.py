@@ -1,0 +1,116 @@
+"""``vdiff convert``: adapters between file formats, and out of runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vdiff.hooks import attached
+from vdiff.mixins import Mixin, load_mixin
+from vdiff.mixins.formats import (
+    AdapterWeights,
+    format_of,
+    module_names,
+    num_res_blocks,
+    read_adapter,
+    unicon,
+    write_adapter,
+)
+from vdiff.mixins.formats.sat import separate
+from vdiff.registry import build, did_you_mean
+
+# Networks that published adapters are for, where no run of one's own has them.
+HOSTS = {
+    "sd15": {"channel_mult": (1, 2, 4, 4), "attention_factors": (1, 2, 4), "num_heads": 8, "context_dim": 768},
+    "sd2": {
+        "channel_mult": (1, 2, 4, 4), "attention_factors": (1, 2, 4), "head_dim": 64, "context_dim": 1024,
+        "linear_projection": True,
+    },
+    "sdxl": {
+        "channel_mult": (1, 2, 4), "attention_factors": (2, 4), "head_dim": 64, "context_dim": 2048,
+        "transformer_depth": (1, 2, 10), "linear_projection": True, "num_classes": "sequential", "vector_dim": 2816,
+    },
+}  # fmt: skip
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    source, out = Path(arguments.source), Path(arguments.out)
+    if (source / "config.yaml").is_file() and not (source / "xy_lora").is_dir():
+        mixin = _of_run(source, arguments)
+        if arguments.to == "vdiff":
+            mixin.save(out)
+            print(f"{out}: {type(mixin).__name__} {mixin.name!r} on {len(mixin.sites)} modules of a {mixin.host}")
+            return 0
+        one = AdapterWeights.of(mixin)
+    elif arguments.to == "unicon" or format_of(source) == "unicon":
+        return _unicon(source, out, arguments)
+    else:
+        one = read_adapter(source, arguments.component, arguments.alpha)
+    blocks = 2
+    if arguments.host is not None:
+        host = _host(arguments.host, arguments.allow_imports)
+        names = module_names(host)
+        blocks = num_res_blocks(names)
+        one = one if set(one.sites) <= set(names) else separate(one)
+        one = one.placed(names, type(host).__name__, blocks)
+    write_adapter(one, out, arguments.to, blocks)
+    ranks = ", ".join(map(str, sorted({site.rank for site in one.sites.values()})))
+    print(f"{out}: {one.kind}, rank {ranks}, on {len(one.sites)} modules of a {one.host or 'network'}")
+    return 0
+
+
+def _of_run(run: Path, arguments: argparse.Namespace) -> Mixin:
+    from vdiff.engine import Engine
+
+    engine = Engine.load(run, arguments.weights, arguments.step, allow_imports=arguments.allow_imports)
+    mixins = {name: mixin for name, mixin in attached(engine).items() if mixin.state_dict()}
+    if arguments.mixin is None and len(mixins) == 1:
+        return next(iter(mixins.values()))
+    if arguments.mixin not in mixins:
+        known = ", ".join(mixins) or "none"
+        hint = did_you_mean(arguments.mixin, mixins) if arguments.mixin else ""
+        raise ValueError(f"{run}: which mixin? --mixin NAME.{hint} Attached, with weights: {known}.")
+    return mixins[arguments.mixin]
+
+
+def _host(said: str, allow_imports: bool) -> nn.Module:
+    """A network without weights, for its names."""
+    from vdiff.engine import Engine
+    from vdiff.networks import UNet
+    from vdiff.registry import load_config
+
+    with torch.device("meta"):
+        if said in HOSTS:
+            return UNet(4, 4, 320, **HOSTS[said])
+        path = Path(said)
+        file = path / "config.yaml" if path.is_dir() else path
+        if not file.is_file():
+            raise FileNotFoundError(f"--host {said}: a run, a run file, or one of {', '.join(HOSTS)}.")
+        config = load_config(file, allow_imports=allow_imports)
+        engine = config.get("engine", config)
+        if "denoiser" in engine:
+            return build(engine["denoiser"]["network"], "network", "engine.denoiser.network")
+        return Engine.from_config(config)
+
+
+def _unicon(source: Path, out: Path, arguments: argparse.Namespace) -> int:
+    """UniCon's folder to a folder of vdiff's adapters, to be attached in the order of `unicon.json`, and back."""
+    if arguments.to == "unicon":
+        notes = json.loads((source / "unicon.json").read_text(encoding="utf-8"))
+        found = {name: load_mixin(source / f"{name}.safetensors") for name in notes["order"]}
+        unicon.write(unicon.of(found, notes["about"]), out)
+    elif arguments.to == "vdiff" and arguments.host is not None:
+        model = unicon.read(source)
+        found = unicon.mixins(model, _host(arguments.host, arguments.allow_imports))
+        for name, mixin in found.items():
+            mixin.save(out / f"{name}.safetensors")
+        notes = {"order": list(found), "about": dict(model.about)}
+        (out / "unicon.json").write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+    else:
+        raise ValueError(f"{source}: a folder of UniCon is converted --to vdiff --host HOST, such as sd15.")
+    print(f"{out}: {', '.join(found)}")
+    return 0
