@@ -5,6 +5,7 @@ from vdiff.data.base import Dataset, Group, Row
 from vdiff.data.captions import CaptionsDataset
 from vdiff.data.collate import Batch, collate, noise_key
 from vdiff.data.digits import Digits
+from vdiff.data.dreambooth import DreamBoothDataset
 from vdiff.data.folder import BrokenFileError, FolderDataset, TooManyBrokenError
 from vdiff.data.framing import Framing
 from vdiff.data.image_folder import ImageFolder
@@ -13,6 +14,7 @@ from vdiff.data.loader import Loader
 from vdiff.data.mixture import MixtureDataset
 from vdiff.data.moving_digits import MovingDigits
 from vdiff.data.order import index
+from vdiff.data.pair_rows import PairRowsDataset
 from vdiff.data.pairs import PairsDataset
 from vdiff.data.ranges import check_range, check_values
 from vdiff.data.video_file import FrameTable, frame_table, read_frames
@@ -26,6 +28,7 @@ __all__ = [
     "Dataset",
     "DerivedMap",
     "Digits",
+    "DreamBoothDataset",
     "FolderDataset",
     "FrameTable",
     "Framing",
@@ -35,6 +38,7 @@ __all__ = [
     "Loader",
     "MixtureDataset",
     "MovingDigits",
+    "PairRowsDataset",
     "PairsDataset",
     "Row",
     "SobelMap",

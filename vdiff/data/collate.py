@@ -73,8 +73,10 @@ def collate(
 
 
 def _partners(places: Sequence[int]) -> list[int]:
-    """For every row the next one of its group, around: the row that a joint sample attends to."""
+    """For every row the next one of its group, around: the row that a joint sample attends to; -1 if it is alone."""
     size = places.count(0)
+    if size == 1:
+        return [-1] * len(places)
     return [row - row % size + (row + 1) % size for row in range(len(places))]
 
 

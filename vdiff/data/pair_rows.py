@@ -11,7 +11,7 @@ from vdiff.data.base import Dataset, Group, Row
 
 
 class PairRowsDataset(Dataset, name="pair_rows"):
-    """Another data set's pairs as rows, the preferred one first; ``{type: pair_rows, dataset: {...}, layout: channels}``.
+    """Another data set's pairs as rows, preferred first: ``{type: pair_rows, dataset: {...}, layout: channels}``.
 
     For data that hold a pair in one row. The two rows of an example share one noise key, so both see the same level
     and noise, and have all other fields in common.

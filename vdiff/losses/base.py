@@ -70,13 +70,19 @@ class PointwiseLoss(Loss, abstract=True):
     def __call__(
         self, prediction: Prediction, x0: Tensor, noise: Tensor, level: NoiseLevel, batch: Mapping[str, Any]
     ) -> LossValues:
+        per_row = self.errors(prediction, x0, noise, level, batch).float()
+        return LossValues(per_row, by_bucket(per_row, level))
+
+    def errors(
+        self, prediction: Prediction, x0: Tensor, noise: Tensor, level: NoiseLevel, batch: Mapping[str, Any]
+    ) -> Tensor:
+        """The weighted mean error of each row over all its axes, ``(B,)``, at least float32."""
         language = self.language or prediction.language
         said = prediction.to(language)
         said = said.to(torch.promote_types(said.dtype, torch.float32))
         error = self.pointwise(said - language.value(x0.to(said.dtype), noise.to(said.dtype), level))
         error = error * spread(self.weighting(level, language).to(error.dtype), error)
-        per_row = self._mean(error, batch).float()
-        return LossValues(per_row, by_bucket(per_row, level))
+        return self._mean(error, batch)
 
     @abstractmethod
     def pointwise(self, difference: Tensor) -> Tensor:
