@@ -11,10 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from vdiff.process import Conditioning, RowKeys, upload
-from vdiff.registry import Registered
+from vdiff.registry import Registered, did_you_mean
 
 # How two embeddings that feed the same name are joined: the axis of (B, ...).
 JOINED_ALONG = {"vector": 1, "cross_attention": 2, "concat": 1}
+
+
+# What collation adds to a batch and no embedder reads.
+KEYS = ("noise_key", "position", "global_size", "seed", "step", "index")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +59,8 @@ class Embedder(Registered, nn.Module, kind="embedder"):
         reads: The batch field.
         feeds: The name in the conditioning: ``cross_attention``, ``vector``, ``concat``, ``label``, ...
         drop: Probability with which training replaces a row's embedding by the null.
-        null: What the null is: ``zero``, ``learned`` where the embedder can learn one, or ``empty``, the embedding
-            of the empty prompt, where it reads text.
+        null: What the null is: ``zero``, ``learned`` where the embedder can learn one, ``empty``, the embedding
+            of the empty prompt, where it reads text, or ``same``, the embedding itself: guidance leaves it alone.
 
     Attributes:
         choices: All values that a row of the field may have, where they can be counted.
@@ -66,7 +70,7 @@ class Embedder(Registered, nn.Module, kind="embedder"):
     choices: Sequence[Any] | None = None
 
     def __init__(
-        self, reads: str, feeds: str, drop: float = 0.0, null: Literal["zero", "learned", "empty"] = "zero"
+        self, reads: str, feeds: str, drop: float = 0.0, null: Literal["zero", "learned", "empty", "same"] = "zero"
     ) -> None:
         super().__init__()
         if not 0 <= drop <= 1:
@@ -75,6 +79,8 @@ class Embedder(Registered, nn.Module, kind="embedder"):
             raise ValueError(f"{type(self).__name__}: learns no null; use null: zero.")
         if null == "empty" and not self.has_empty:
             raise ValueError(f"{type(self).__name__}: reads no text and has no empty prompt; use null: zero.")
+        if null == "same" and drop:
+            raise ValueError(f"{type(self).__name__}: with null: same there is nothing to drop to; use drop: 0.")
         self.reads, self.feeds, self.drop, self.null_kind = reads, feeds, drop, null
 
     @abstractmethod
@@ -95,8 +101,10 @@ class Embedder(Registered, nn.Module, kind="embedder"):
             KeyError: the batch has no such field.
         """
         if self.reads not in batch:
+            fields = [name for name in batch if name not in KEYS]
             raise KeyError(
-                f"{type(self).__name__} reads {self.reads!r}, which this batch has not. It has: {', '.join(batch)}."
+                f"{type(self).__name__} reads {self.reads!r}, which this batch has not."
+                f"{did_you_mean(self.reads, fields)} It has: {', '.join(fields) or 'nothing else'}."
             )
         return batch[self.reads]
 
@@ -104,6 +112,8 @@ class Embedder(Registered, nn.Module, kind="embedder"):
         """The embedding and its null, under the same names. Where both come out of one network, this is the place
         to ask it once."""
         said = self.named(self(value))
+        if self.null_kind == "same":
+            return said, said
         nulls = {name: Embedding(self.null(one.tensor)) for name, one in said.items()}
         # A null of zeros counts in full: attention to nothing at all has no value.
         return said, {
@@ -150,6 +160,9 @@ class EmbedderConditioner(Conditioner, name="embedders"):
             ``[{probability: 0.05, drop: [caption]}, {probability: 0.05, drop: [caption, image]}]``
             (InstructPix2Pix, arXiv:2211.09800); on top of each embedder's own ``drop``.
         along: Other axes to join along, by name: ``{cross_attention: 1}`` puts tokens one after the other.
+        gates: Which rows a mixin acts in, by its name: ``{y_lora: {stream: 1}}`` turns it on where the batch field
+            ``stream`` is 1 and off where it is not; ``{stream: [1, 2]}`` lists several. A batch without the field
+            counts as one that holds 0 everywhere, as collation counts streams.
 
     A batch field ``partner`` (see :func:`vdiff.data.collate`) becomes the conditioning's ``partners``.
     """
@@ -159,8 +172,10 @@ class EmbedderConditioner(Conditioner, name="embedders"):
         embedders: Sequence[Embedder] = (),
         joint_drop: Sequence[dict] = (),
         along: Mapping[str, int] | None = None,
+        gates: Mapping[str, dict] | None = None,
     ) -> None:
         super().__init__()
+        self.gates = {name: _rule(name, rule) for name, rule in (gates or {}).items()}
         self.embedders = nn.ModuleList(embedders)
         self.along = JOINED_ALONG | dict(along or {})
         if wrong := {name: axis for name, axis in self.along.items() if axis < 1}:
@@ -201,8 +216,9 @@ class EmbedderConditioner(Conditioner, name="embedders"):
                 said.setdefault(name, []).append(value)
                 silent.setdefault(name, []).append(nulls[name])
         _same_rows(rows)
-        null = self._joined(silent)
-        return self._joined(said).with_(null=null if said else None, partners=batch.get("partner"))
+        null, partners = self._joined(silent), batch.get("partner")
+        gates = {name: _gate(name, rule, batch, [*rows.values()]) for name, rule in self.gates.items()}
+        return self._joined(said).with_(null=null if said else None, gates=gates, partners=partners)
 
     def _joined(self, parts: Mapping[str, list[Embedding]]) -> Conditioning:
         joined = {name: _join(name, embeddings, self.along.get(name)) for name, embeddings in parts.items()}
@@ -219,6 +235,32 @@ class EmbedderConditioner(Conditioner, name="embedders"):
                     dropped = dropped | ((outcome >= edge) & (outcome < edge + probability))
                 edge += probability
         return dropped
+
+
+def _rule(name: str, rule: Mapping[str, Any]) -> tuple[str, tuple]:
+    """The field that a gate reads, and the values at which it is open."""
+    if len(rule) != 1:
+        raise ValueError(
+            f"EmbedderConditioner.gates: {name!r} needs one field and its value, such as {{stream: 1}}, got {rule!r}."
+        )
+    ((field, values),) = rule.items()
+    return field, tuple(values) if isinstance(values, list | tuple) else (values,)
+
+
+def _gate(name: str, rule: tuple[str, tuple], batch: Mapping[str, Any], rows: list[int]) -> Tensor:
+    """1 in the rows in which a mixin acts and 0 in the others, ``(B,)``."""
+    field, values = rule
+    if field in batch:
+        held = batch[field]
+        if isinstance(held, Tensor):
+            return torch.stack([held == value for value in values]).any(0).float()
+        return torch.tensor([float(one in values) for one in held])
+    if not rows:
+        raise ValueError(
+            f"conditioner: the gate of {name!r} reads {field!r}, and this batch has neither that nor another field "
+            f"that tells its rows. It has: {', '.join(batch) or 'nothing'}."
+        )
+    return torch.full((rows[0],), float(0 in values))
 
 
 def _same_rows(rows: Mapping[str, int]) -> None:

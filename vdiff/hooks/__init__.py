@@ -1,11 +1,11 @@
 """The port: how things attach to modules that they do not own, and come off again."""
 
-from vdiff.hooks.attachment import insert, remove
+from vdiff.hooks.attachment import bare_copy, insert, remove
 from vdiff.hooks.matching import On, match, role_sites
-from vdiff.hooks.port import PORT, Part, Port, attached, describe, is_port_key, parts, ports
+from vdiff.hooks.port import PORT, Part, Port, accepts, attached, describe, is_port_key, parts, ports, within
 from vdiff.hooks.recompute import checkpoint
 from vdiff.hooks.routing import routed
-from vdiff.hooks.rows import expand_gate, expand_partners
+from vdiff.hooks.rows import check_partners, expand_gate, expand_partners
 from vdiff.hooks.witness import refuse_in_backward
 
 __all__ = [
@@ -13,7 +13,10 @@ __all__ = [
     "On",
     "Part",
     "Port",
+    "accepts",
     "attached",
+    "bare_copy",
+    "check_partners",
     "checkpoint",
     "describe",
     "expand_gate",
@@ -27,4 +30,5 @@ __all__ = [
     "remove",
     "role_sites",
     "routed",
+    "within",
 ]

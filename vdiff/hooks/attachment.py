@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from typing import Any, cast
 
 from torch import nn
 
-from vdiff.hooks.port import PORT, Part, Port
+from vdiff.hooks.port import PORT, Part, Port, ports
 
 
 def insert(sites: Iterable[tuple[str, nn.Module, Part]], who: str) -> None:
@@ -43,6 +44,21 @@ def remove(sites: Iterable[tuple[nn.Module, Part]]) -> None:
         if not len(port):
             del host._modules[PORT]
     _forget_compiled()
+
+
+def bare_copy(module: nn.Module, replaced: Mapping[nn.Module, nn.Module] | None = None) -> Any:  # noqa: ANN401
+    """A deep copy without what is attached, and of some modules inside not a copy but something else."""
+    memo: dict[int, Any] = {id(old): new for old, new in (replaced or {}).items()}
+    memo |= {id(port): Port() for port in ports(module)}
+    copied = deepcopy(module, memo)
+    for host in copied.modules():
+        port = host._modules.pop(PORT, None)
+        for table in (host._forward_pre_hooks, host._forward_hooks) if port is not None else ():
+            for key in [key for key, hook in table.items() if getattr(hook, "__self__", None) is port]:
+                del table[key]
+                host._forward_pre_hooks_with_kwargs.pop(key, None)
+                host._forward_hooks_with_kwargs.pop(key, None)
+    return copied
 
 
 def _register(host: nn.Module, port: Port) -> None:

@@ -11,6 +11,7 @@ first. The host's class, forward and existing state-dict keys stay as they are; 
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, ValuesView
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 
 from vdiff.hooks.rows import expand_gate
 from vdiff.hooks.witness import Witness
-from vdiff.process import spread
 
 PORT = "_port"  # the port's name among its host's children
 
@@ -32,15 +32,21 @@ class Part(nn.Module):
         replaces: Whether it puts its own value in the place of the host's, rather than adding to it;
             a site takes one such part.
         unit: What the buffer ``scale`` holds when the mixin's scale is 1 (LoRA: alpha / rank).
+        term: The name of the mixin in whose term alone it acts, see :func:`within`; by default it acts
+            wherever its host is called in the ordinary way.
+        accepts: Names of conditions that it reads, at a network that may know nothing of them.
         mixin, mixin_name: Whose part it is.
         enabled: A part that is off is passed over.
         scale: ``()``, how much of it; a buffer, so that changing it recompiles nothing.
-        gate: ``(B,)``, how much of it each row gets, or None for 1. Set per call by :class:`routed`.
-        partners: ``(B,)``, for every row the row it is sampled jointly with, -1 for none. Set per call.
+        gate: ``(B,)``, how much of it each row gets, or None for 1; ``(B, P)`` where it is one number for each of
+            P partners. Set per call by :class:`routed`.
+        partners: ``(B,)``, for every row the row it is sampled jointly with, -1 for none, or ``(B, P)``. Set per call.
+        given: What another part of the mixin, further out, left for this one in this call.
     """
 
     replaces: ClassVar[bool] = False
     unit: float = 1.0
+    accepts: tuple[str, ...] = ()
     scale: Tensor
 
     def __init__(self) -> None:
@@ -48,9 +54,11 @@ class Part(nn.Module):
         self.mixin: Any = None
         self.mixin_name = ""
         self.enabled = True
+        self.term = ""
         self.strength = 1.0
         self.gate: Tensor | None = None
         self.partners: Tensor | None = None
+        self.given: Tensor | None = None
         self.register_buffer("scale", torch.ones(()), persistent=False)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -61,17 +69,34 @@ class Part(nn.Module):
         """What the host returns instead of ``output``; ``args`` and ``kwargs`` are what it was called with."""
         return output
 
-    def amount(self, x: Tensor) -> Tensor:
-        """Scale times gate, shaped to multiply ``x`` of shape ``(rows, ...)``, whose rows may be folded ``(b f)``."""
+    def companions(self) -> tuple[nn.Module, ...]:
+        """Frozen modules that it asks, outside the host's tree: in no optimizer, average or checkpoint."""
+        return ()
+
+    def helpers(self, module: nn.Module) -> dict[str, Part]:
+        """Parts without weights that it needs at modules inside its host, by their names there."""
+        return {}
+
+    def amount(self, x: Tensor, place: int = 0) -> Tensor:
+        """Scale times gate, shaped to multiply ``x`` of shape ``(rows, ...)``, whose rows may be folded ``(b f)``.
+
+        ``place`` says which of several partners it is for, where the gate has a number for each.
+        """
         # A copy where autograd will keep it, so that the scale may change before backward.
         scale = self.scale.clone() if torch.is_grad_enabled() else self.scale
         if self.gate is None:
             return scale
-        return (scale * spread(expand_gate(self.gate, len(x)), x)).to(x.dtype)
+        gate = self.gate if self.gate.ndim == 1 else self.gate[:, place]
+        gate = expand_gate(gate, len(x)).view(-1, *(1,) * (x.ndim - 1))  # faster than indexing, which counts here
+        return (scale * gate).to(x.dtype)
 
     def set_scale(self, value: float) -> None:
         self.strength = float(value)
         self.scale.fill_(self.strength * self.unit)
+
+    def stands_for(self) -> dict[str, Tensor]:
+        """Weights of the host, by name, that the part has replaced for now and that belong in a file instead."""
+        return {}
 
     def reset_parameters(self) -> None:
         """Start again, as after ``to_empty``. Parts with weights draw them here and call ``super()``."""
@@ -89,6 +114,7 @@ class Port(nn.ModuleDict):
 
     def __init__(self) -> None:
         super().__init__()
+        self.term = ""
         self._witness = Witness()
 
     def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -96,22 +122,32 @@ class Port(nn.ModuleDict):
         return x
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._witness.check(self)
         for part in self.values():
-            if part.enabled:
+            if part.enabled and part.term == self.term:
                 args, kwargs = part.before(module, args, kwargs)
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._witness.check(self)
         for part in self.values():
-            if part.enabled:
+            if part.enabled and part.term == self.term:
                 output = part.after(module, args, kwargs, output)
         return output
 
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        # Called after the host has put its own weights there.
+        host = prefix.removesuffix(f"{PORT}.")
+        for part in self.values():
+            destination.update({host + name: value for name, value in part.stands_for().items()})
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        for name, part in self.items():
+            if part.stands_for():
+                args[-1].append(f"{prefix}{name} is merged into the weights of its host; unmerge() it before loading.")
         # A file of the plain host says nothing about attachments: they stay as they are, in strict mode too.
         if not any(key.startswith(prefix) for key in state_dict):
             state_dict.update(self.state_dict(prefix=prefix, keep_vars=True))
@@ -132,6 +168,27 @@ def ports(root: nn.Module) -> list[Port]:
 def parts(root: nn.Module) -> list[Part]:
     """All parts at ``root`` and below it."""
     return [part for port in ports(root) for part in port.values()]
+
+
+@contextmanager
+def within(module: nn.Module, term: str) -> Iterator[None]:
+    """Inside, the layers of ``module`` are called on behalf of a mixin: of the parts at them, those of that term act
+    and no others."""
+    found = ports(module)
+    before = [port.term for port in found]
+    try:
+        for port in found:
+            port.term = term
+        yield
+    finally:
+        for port, one in zip(found, before, strict=True):
+            port.term = one
+
+
+def accepts(module: nn.Module) -> tuple[str, ...]:
+    """Names of conditions that what is attached to the module itself reads, switched on or not."""
+    port = module._modules.get(PORT)
+    return tuple(name for part in port.values() for name in part.accepts) if isinstance(port, Port) else ()
 
 
 def is_port_key(key: str) -> bool:

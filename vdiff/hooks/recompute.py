@@ -65,7 +65,7 @@ class Snapshot:
 
 
 def _state(part: Part, copy: bool = False) -> dict[str, Any]:
-    names = ("enabled", "strength", "scale", "gate", "partners")
+    names = ("enabled", "strength", "scale", "gate", "partners", "given")
     state = {name: getattr(part, name) for name in names}
     return state | {"scale": part.scale.clone()} if copy else state
 

@@ -7,6 +7,7 @@ from types import TracebackType
 from torch import nn
 
 from vdiff.hooks.port import parts
+from vdiff.hooks.rows import check_partners
 from vdiff.process import Conditioning
 from vdiff.registry import did_you_mean
 
@@ -25,7 +26,8 @@ class routed:
         rows: Rows of the batch, where known: gates and partners must have as many.
 
     Raises:
-        ValueError: a gate for a mixin that is not attached, or gates and partners of unequal length.
+        ValueError: a gate for a mixin that is not attached, gates and partners of unequal length, or partners that
+            are none (:func:`check_partners`).
     """
 
     def __init__(self, module: nn.Module, cond: Conditioning | None, rows: int | None = None) -> None:
@@ -43,13 +45,16 @@ class routed:
                     f"A gate for {name!r}, but no mixin of that name is attached to {type(module).__name__}."
                     f"{did_you_mean(name, names)} Attached: {', '.join(names) or 'none'}."
                 )
-        routes = {f"the gate of {name!r}": gate for name, gate in self.gates.items()}
+        several = None if self.partners is None or self.partners.ndim == 1 else self.partners.shape[1]
+        for name, gate in self.gates.items():
+            rows = len(gate) if rows is None and gate.ndim else rows
+            if tuple(gate.shape) != (rows,) and (several is None or tuple(gate.shape) != (rows, several)):
+                each = "" if several is None else f", or one for each partner, ({rows}, {several})"
+                raise ValueError(
+                    f"the gate of {name!r} must hold one number per row, ({rows},){each}; it is {tuple(gate.shape)}."
+                )
         if self.partners is not None:
-            routes["partners"] = self.partners
-        for name, route in routes.items():
-            rows = len(route) if rows is None and route.ndim == 1 else rows
-            if route.ndim != 1 or len(route) != rows:
-                raise ValueError(f"{name} must hold one number per row, ({rows},); it is {tuple(route.shape)}.")
+            check_partners(self.partners, len(self.partners) if rows is None and self.partners.ndim else rows or 0)
 
     def __enter__(self) -> routed:
         self.before = [(part.gate, part.partners) for part in self.parts]

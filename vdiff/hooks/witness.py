@@ -34,8 +34,7 @@ class Witness:
         self.is_spent = False  # a backward has used it up, so the next forward starts afresh
 
     def check(self, port: Port) -> None:
-        if not torch.is_grad_enabled():
-            return
+        """Asked where a gradient is recorded, in forward and in what backward runs again."""
         now = _fingerprint(port)
         if in_backward():
             self.is_spent = True

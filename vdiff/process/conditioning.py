@@ -18,8 +18,9 @@ class Conditioning:
             ``(B, c)``, ``concat`` ``(B, c, ...)``, ``label`` ``(B,)``, ``fps`` ``(B,)``, ...
         masks: For some of them, which entries count: True counts, e.g. ``(B, n)``.
         null: The same without the condition, or a negative one; what guidance moves away from.
-        gates: Per attachment, by its name, how much of it each row gets, ``(B,)``.
-        partners: For every row the row it is sampled jointly with, -1 for none, ``(B,)``.
+        gates: Per attachment, by its name, how much of it each row gets, ``(B,)``; for joint attention to several
+            partners also ``(B, P)``.
+        partners: For every row the row it is sampled jointly with, -1 for none, ``(B,)``; or P rows each, ``(B, P)``.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -60,9 +61,10 @@ class Conditioning:
         if rows is None:
             raise ValueError("Conditioning.gated: an empty conditioning has no rows; say how many: gated(rows=4, ...).")
         device = self.device
+        shapes = {name: gate.shape for name, gate in self.gates.items()}  # (B, P) stays (B, P)
         new = {
-            name: gate if isinstance(gate, Tensor) else torch.full((rows,), float(gate), device=device)
-            for name, gate in gates.items()
+            name: g if isinstance(g, Tensor) else torch.full(shapes.get(name, (rows,)), float(g), device=device)
+            for name, g in gates.items()
         }
         null = None if self.null is None else self.null.gated(rows, **gates)
         return replace(self, gates={**self.gates, **new}, null=null)
@@ -133,5 +135,5 @@ def _ones_like_some(name: str, conds: Sequence[Conditioning]) -> Tensor:
 def _offset(partners: Tensor | None, by: int, rows: int, conds: Sequence[Conditioning]) -> Tensor:
     if partners is None:
         some = next(cond.partners for cond in conds if cond.partners is not None)
-        return torch.full((rows,), -1, dtype=some.dtype, device=some.device)
+        return torch.full((rows, *some.shape[1:]), -1, dtype=some.dtype, device=some.device)
     return torch.where(partners < 0, partners, partners + by)

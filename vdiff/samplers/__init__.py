@@ -20,7 +20,7 @@ from vdiff.samplers.euler import ChurnSampler, DDIMSampler, EulerAncestralSample
 from vdiff.samplers.executor import EarlyStop, Edit, Run, SamplerStep
 from vdiff.samplers.exponential import DPMFastSampler, RES2SSampler, RES3SSampler, SEEDSSampler
 from vdiff.samplers.frames import FrameStage
-from vdiff.samplers.guidance_branches import AutoguidanceGuider, AwayGuider, PerturbedGuider
+from vdiff.samplers.guidance_branches import AutoguidanceGuider, AwayGuider, JointGuider, PerturbedGuider
 from vdiff.samplers.guidance_conditions import MultiCFGGuider
 from vdiff.samplers.guidance_directions import APGGuider, CFGPPGuider, CFGZeroStarGuider
 from vdiff.samplers.guidance_frames import (
@@ -111,6 +111,7 @@ __all__ = [
     "IidNoiseSource",
     "Inpainting",
     "IntervalGuider",
+    "JointGuider",
     "LCMSampler",
     "LMSSampler",
     "Likelihood",

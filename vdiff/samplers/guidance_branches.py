@@ -1,4 +1,5 @@
-"""Guidance away from a worse prediction under the same conditions: of a weaker model, or of the same one disturbed."""
+"""Guidance away from a worse prediction under the same conditions: of a weaker model, or of the same one disturbed
+or left alone."""
 
 from __future__ import annotations
 
@@ -96,3 +97,46 @@ class PerturbedGuider(AwayGuider):
         if branch == self.branch:
             return self.guider.condition("cond", cond, rows).gated(rows, **{self.mixin: 1.0})
         return self.guider.condition(branch, cond, rows).gated(rows, **{self.mixin: 0.0})
+
+
+class JointGuider(AwayGuider):
+    r"""Guidance by company: :math:`d + w (c - d)` with d the samples made jointly, each as if alone, around another
+    guider plus the same.
+
+    The branch of its own has the gate of joint attention closed; everything else, LoRAs of the streams too, is as in
+    the joint one.
+
+    Args:
+        scale: The :math:`w` above; 1 is the guider inside alone. A list gives each row its own: of a pair in which one
+            stream is given, only the other need be guided.
+        mixin: Name of the joint attention where it is attached.
+        lo, hi: The branch is asked where ``lo < sigma / alpha <= hi``.
+        guider: The one inside; by default the plain conditional prediction.
+
+    References:
+        Li et al., arXiv:2410.11439, whose scale is w - 1.
+    """
+
+    branch = "apart"
+    asks = ("cond", branch)
+    scale: float | list[float] = 1.0  # its own, not that of the guider inside
+
+    def __init__(
+        self,
+        scale: float | list[float] = 2.0,
+        mixin: str = "joint_attention",
+        lo: float = 0.0,
+        hi: float = math.inf,
+        guider: Guider | None = None,
+    ) -> None:
+        super().__init__(guider)
+        self.scale, self.mixin, self.lo, self.hi = scale, mixin, lo, hi
+
+    def numbers(self, nodes: Sequence[Node]) -> Sequence[Weight | None]:
+        more = None if each(self.scale, lambda s: s == 1) else mapped(self.scale, lambda s: s - 1)
+        return [more if self.lo < node.ratio <= self.hi else None for node in nodes]
+
+    def condition(self, branch: str, cond: Conditioning, rows: int) -> Conditioning:
+        if branch == self.branch:
+            return self.guider.condition("cond", cond, rows).gated(rows, **{self.mixin: 0.0})
+        return self.guider.condition(branch, cond, rows)

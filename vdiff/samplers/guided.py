@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vdiff.denoisers import Denoiser
+from vdiff.hooks import check_partners
 from vdiff.process import HOST, Conditioning, NoiseLevel, Prediction, spread, upload
 from vdiff.samplers.guiders import Answers, Guider, Weight
 from vdiff.samplers.plan import Node
@@ -48,6 +49,8 @@ class Guided:
         self.dtype, self.device, self.rows = like.dtype, like.device, len(like)
         if cond.num_rows not in (None, self.rows):
             raise ValueError(f"sampling: conditions of {cond.num_rows} rows for {self.rows} samples; each has its own.")
+        if cond.partners is not None:
+            check_partners(cond.partners.cpu(), self.rows)  # once per walk, wherever they are
         told = [(node,) for node in nodes] if frames is None else frames
         levels = NoiseLevel(*torch.stack([Node.table(row) for row in told]).unbind(-1))  # (N, 1) or (N, F)
         self._guidance = guider.planned(nodes)
