@@ -169,3 +169,11 @@ def test_a_new_embedder_is_a_few_lines():
         made = EmbedderConditioner([TotalEmbedder("image", "vector", drop=1.0)]).train()
         cond = made({"image": torch.ones(2, 3, 3), "noise_key": torch.arange(2), "step": 0})
     assert cond["vector"].tolist() == [[0.0], [0.0]]
+
+
+def test_a_null_that_is_the_embedding_itself_is_left_alone_by_guidance_and_never_dropped():
+    cond = EmbedderConditioner([ClassLabelEmbedder(3, 4), ScalarFourierEmbedder("fps", width=6, null="same")])(batch())
+    assert torch.equal(cond["vector"][:, 4:], cond.null["vector"][:, 4:])
+    assert not torch.equal(cond["vector"][:, :4], cond.null["vector"][:, :4])
+    with pytest.raises(ValueError, match="nothing to drop to"):
+        ScalarFourierEmbedder("fps", null="same", drop=0.1)

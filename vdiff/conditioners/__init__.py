@@ -5,6 +5,7 @@ from vdiff.conditioners.embedders import ClassLabelEmbedder, FieldEmbedder, Scal
 from vdiff.conditioners.huggingface import CLIPTextEmbedder, T5TextEmbedder
 from vdiff.conditioners.open_clip import OpenCLIPTextEmbedder
 from vdiff.conditioners.pictures import ImageLatentsEmbedder, OpenCLIPImageEmbedder
+from vdiff.conditioners.resampler import ImageTokensEmbedder, Resampler
 from vdiff.conditioners.text import TextEmbedder
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "Feeds",
     "FieldEmbedder",
     "ImageLatentsEmbedder",
+    "ImageTokensEmbedder",
     "OpenCLIPImageEmbedder",
     "OpenCLIPTextEmbedder",
+    "Resampler",
     "ScalarFourierEmbedder",
     "T5TextEmbedder",
     "TextEmbedder",

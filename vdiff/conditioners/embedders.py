@@ -86,7 +86,7 @@ class ScalarFourierEmbedder(Embedder):
         scale: float = 1.0,
         feeds: str = "vector",
         drop: float = 0.0,
-        null: Literal["zero", "learned"] = "zero",
+        null: Literal["zero", "learned", "same"] = "zero",
     ) -> None:
         super().__init__(reads, feeds, drop, null)
         if width % 2:
@@ -122,12 +122,20 @@ class FieldEmbedder(Embedder):
         reads, drop: See :class:`Embedder`.
         feeds: By default the name it reads.
         absent: The value of the null, in every entry.
+        null: ``same``: the null has the field as well, as the hint of a ControlNet is in both branches of guidance.
     """
 
     place: Tensor
 
-    def __init__(self, reads: str, feeds: str | None = None, drop: float = 0.0, absent: float = 0.0) -> None:
-        super().__init__(reads, feeds or reads, drop)
+    def __init__(
+        self,
+        reads: str,
+        feeds: str | None = None,
+        drop: float = 0.0,
+        absent: float = 0.0,
+        null: Literal["zero", "same"] = "zero",
+    ) -> None:
+        super().__init__(reads, feeds or reads, drop, null)
         self.absent = absent
         self.register_buffer("place", torch.empty(0), persistent=False)  # moves with the module
 

@@ -210,5 +210,5 @@ def _transformers(who: str) -> Any:
     try:
         import transformers
     except (ImportError, RuntimeError) as error:
-        raise ImportError(f"{who} needs transformers ({error}): pip install 'vdiff[text]'") from error
+        raise ImportError(f"{who} needs transformers ({error}): pip install transformers") from error
     return transformers

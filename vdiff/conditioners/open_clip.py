@@ -109,7 +109,10 @@ class OpenCLIPTextEmbedder(TextEmbedder, name="open_clip_text"):
             tokens = before if self.layer == "penultimate" else x
             encoded["tokens"] = model.ln_final(tokens) if self.norm else tokens
         if wants_pooled:
-            encoded["pooled"] = self._pool(model.ln_final(x), ids)
+            known = ids.masked_fill(
+                ids > self.end_id, 0
+            )  # the end is found as the largest; words learned later are larger
+            encoded["pooled"] = self._pool(model.ln_final(x), known)
         return encoded
 
     def _pool(self, x: Tensor, ids: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vdiff.checkpoints import load_into, read_weights
 from vdiff.conditioners.base import Embedder, Embedding, Feeds
 from vdiff.conditioners.memory import EmbeddingMemory, Row
+from vdiff.conditioners.new_words import new_words, tokenize_around
 from vdiff.hooks import is_port_key
 from vdiff.process import upload
 
@@ -167,7 +168,8 @@ class TextEmbedder(Embedder, abstract=True):
             raise ValueError(
                 f"{type(self).__name__}: {self.reads} holds one string per row, such as ['a cat']; got {value!r:.100}."
             )
-        return self.tokenize([self.template.replace("{}", prompt) if prompt else "" for prompt in value])
+        prompts = [self.template.replace("{}", prompt) if prompt else "" for prompt in value]
+        return tokenize_around(new_words(self.tower), prompts, self.tokenize, self.end_id, self.pad_id)
 
     def empty_ids(self) -> Tensor:
         """Token ids of the empty prompt, ``(1, length)``."""

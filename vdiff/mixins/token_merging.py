@@ -1,0 +1,135 @@
+"""Token merging: self-attention among fewer tokens, those that are alike as one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vdiff.hooks import On, Part
+from vdiff.mixins.base import Mixin
+
+
+class TokenMerging(Mixin):
+    """Tokens that are most alike are averaged before self-attention, and get the same answer after it.
+
+    One token of every cell of 2 by 2 takes others in, the first: nothing is drawn, so that a run repeats. Attention
+    costs :math:`(1 - r)^2` of what it did.
+
+    Args:
+        ratio: Share r of the tokens that are merged into others, up to three quarters.
+        grid: Height and width of the picture in tokens; by default tokens are one square picture.
+        on: Self-attention over tokens ``(B, N, c)`` without masks; the authors take the highest resolution alone.
+        name: See :class:`Mixin`.
+        scale: Multiplies the ratio. It changes shapes, so that every value is a graph of its own, and rows cannot have
+            different ones.
+
+    References:
+        Bolya & Hoffman, arXiv:2303.17604; Bolya et al., arXiv:2210.09461.
+    """
+
+    def __init__(
+        self,
+        ratio: float = 0.5,
+        grid: tuple[int, int] | None = None,
+        on: On = "role:self_attention",
+        name: str | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__(on, name, scale)
+        if not 0 <= ratio <= 0.75:
+            raise ValueError(f"TokenMerging: ratio is in [0, 0.75], got {ratio}.")
+        self.ratio, self.grid = ratio, grid
+
+    def part(self, module: nn.Module, site: str) -> TokenMergingPart:
+        if not hasattr(module, "to_q"):
+            raise ValueError(f"TokenMerging: {site!r} ({type(module).__name__}) does not attend over tokens (to_q).")
+        return TokenMergingPart(self.ratio, self.grid)
+
+
+class TokenMergingPart(Part):
+    def __init__(self, ratio: float, grid: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.ratio, self.grid = ratio, grid
+        self.merge: Merge | None = None
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        x = args[0] if args else kwargs["x"]
+        rest = {name: value for name, value in kwargs.items() if name != "x"}
+        if self.gate is not None:
+            raise ValueError(
+                f"TokenMerging {self.mixin_name!r}: rows cannot be merged differently; take its gate away."
+            )
+        if any(value is not None for value in (*args[1:], *rest.values())):
+            raise ValueError(
+                f"TokenMerging: a {type(module).__name__} was called with a context, a mask or positions, which know "
+                "nothing of merged tokens. Narrow `on`."
+            )
+        num = int(x.shape[1] * min(self.ratio * self.strength, 0.75))
+        self.merge = Merge.of(x, num, *self._grid(x)) if num else None
+        return ((x if self.merge is None else self.merge(x)), *args[1:]), rest
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        merge, self.merge = self.merge, None
+        return output if merge is None else merge.undone(output)
+
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        height, width = self.grid or (math.isqrt(x.shape[1]),) * 2
+        if height * width != x.shape[1]:
+            raise ValueError(
+                f"TokenMerging: {x.shape[1]} tokens are no picture of {height} by {width}. "
+                "Say how they lie: grid=(h, w)."
+            )
+        return height, width
+
+
+class Merge:
+    """Which tokens go into which.
+
+    Attributes:
+        size: N, the number of tokens.
+        taking: Tokens that take others in, ``(T,)``.
+        staying: Others that stay, ``(B, N - T - num, 1)``.
+        going: Those that are merged, ``(B, num, 1)``.
+        into: The place in ``taking`` that each of them goes into, ``(B, num, 1)``.
+    """
+
+    def __init__(self, size: int, taking: Tensor, staying: Tensor, going: Tensor, into: Tensor) -> None:
+        self.size, self.taking, self.staying, self.going, self.into = size, taking, staying, going, into
+
+    @classmethod
+    def of(cls, x: Tensor, num: int, height: int, width: int) -> Merge:
+        """The ``num`` tokens most alike to one that takes them in, by the cosine."""
+        place = torch.arange(height * width, device=x.device)
+        first = ((place // width) % 2 == 0) & ((place % width) % 2 == 0)
+        order = torch.argsort(first.to(torch.uint8), descending=True, stable=True)
+        num_taking = -(-height // 2) * -(-width // 2)
+        taking, others = order[:num_taking], order[num_taking:]
+        with torch.no_grad():
+            unit = F.normalize(x, dim=-1)
+            alike, best = (unit[:, others] @ unit[:, taking].mT).max(-1)
+            rank = alike.argsort(dim=-1, descending=True, stable=True)
+        num = min(num, len(others))
+        going, staying = rank[:, :num], rank[:, num:]
+        return cls(
+            len(place), taking, others[staying][..., None], others[going][..., None], best.gather(1, going)[..., None]
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(B, N, c)`` to ``(B, N - num, c)``: those that stay, then those that took others in, as means."""
+        width = x.shape[-1]
+        stay = x.gather(1, self.staying.expand(-1, -1, width))
+        go = x.gather(1, self.going.expand(-1, -1, width))
+        take = x[:, self.taking].scatter_reduce(1, self.into.expand(-1, -1, width), go, "mean")
+        return torch.cat([stay, take], dim=1)
+
+    def undone(self, x: Tensor) -> Tensor:
+        """``(B, N - num, c)`` to ``(B, N, c)``; tokens that were merged are the same."""
+        width, num = x.shape[-1], self.staying.shape[1]
+        stay, take = x[:, :num], x[:, num:]
+        out = x.new_zeros(len(x), self.size, width)
+        out[:, self.taking] = take
+        out = out.scatter(1, self.staying.expand(-1, -1, width), stay)
+        return out.scatter(1, self.going.expand(-1, -1, width), take.gather(1, self.into.expand(-1, -1, width)))
