@@ -7,12 +7,14 @@ import torch
 from PIL import Image
 
 from vdiff.data import Loader
+from vdiff.denoisers import VDenoiser
 from vdiff.engine import AutoencoderEngine
 from vdiff.registry import ConfigError, build, load_config
 from vdiff.training.run import check_run
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+FAMILIES = sorted((ROOT / "configs" / "families").glob("*.yaml"))
 
 
 def own_data(file, folder):
@@ -51,6 +53,61 @@ def test_every_config_trains_and_samples(file, tmp_path):
         return
     out = engine.sample({e.reads: batch[e.reads][:2] for e in engine.conditioner.embedders}, num=2)
     assert out.shape == (2, *engine.sample_shape) and torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("file", FAMILIES, ids=lambda f: f.stem)
+def test_every_family_builds_in_full_size_on_the_meta_device(file):
+    with torch.device("meta"):
+        engine = build(load_config(file)["engine"], "engine")
+    assert all(p.is_meta for p in engine.parameters())
+
+
+SMALL_SVD = [
+    "sample_shape=[3, 2, 16, 16]", "first_stage.channels=8", "first_stage.norm_groups=8",
+    "first_stage.num_res_blocks=1", "first_stage.chunk=1", "sampler.num_steps=2",
+    "conditioner.embedders.3.first_stage={type: autoencoder_kl, channels: 8, norm_groups: 8, num_res_blocks: 1}",
+    "conditioner.embedders.0.arch={embed_dim: 16, width: 32, head_width: 16, layers: 1, patch_size: 8, image_size: 16}",
+    "denoiser.network.channels=16", "denoiser.network.context_dim=16", "denoiser.network.norm_groups=8",
+    "denoiser.network.channel_mult=[1, 2]", "denoiser.network.attention_factors=[1]", "denoiser.network.head_dim=8",
+    "denoiser.network.num_res_blocks=1",
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:OpenCLIPImageEmbedder")
+def test_svd_samples_in_small_and_guides_pictures_alone():
+    file = ROOT / "configs" / "families" / "svd.yaml"
+    engine = build(load_config(file, overrides=[f"engine.{line}" for line in SMALL_SVD])["engine"], "engine").eval()
+    torch.nn.init.normal_(engine.denoiser.network.out[2].weight)  # a new network says zero
+    fields = {
+        "image": torch.rand(2, 3, 16, 16),
+        "fps_id": torch.tensor([6.0, 6.0]),
+        "motion_bucket_id": torch.full((2,), 127.0),
+    }
+    out = engine.sample(fields, num=2)
+    assert out.shape == (2, 3, 2, 16, 16) and torch.isfinite(out).all()
+    cond = engine.conditioner(fields)
+    assert torch.equal(cond["vector"], cond.null["vector"])  # guidance leaves numbers alone
+    assert (cond.null["concat"] == 0).all() and (cond.null["cross_attention"] == 0).all()
+
+
+def test_svd_is_told_and_read_as_published():
+    """Of x0 + s noise: c_skip 1 / (s^2 + 1), c_out -s / sqrt(s^2 + 1), c_in 1 / sqrt(s^2 + 1), c_noise ln(s) / 4."""
+    config = load_config(ROOT / "configs" / "families" / "svd.yaml")["engine"]
+    seen = {}
+
+    class Said(torch.nn.Module):
+        def forward(self, x, c_noise, cond):
+            seen.update(x=x, c_noise=c_noise)
+            return torch.full_like(x, 0.7)
+
+    schedule = build(config["schedule"], "schedule")
+    denoiser = VDenoiser(Said(), config["denoiser"]["c_noise"])
+    sigma, x = torch.tensor([0.02, 3.0, 700.0], dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    s, level = sigma[:, None], schedule.at_ratio(sigma)
+    x0 = denoiser(x * level.alpha[:, None], level).x0
+    torch.testing.assert_close(x0, x / (s**2 + 1) - 0.7 * s / (s**2 + 1).sqrt())
+    torch.testing.assert_close(seen["x"], x / (s**2 + 1).sqrt())
+    torch.testing.assert_close(seen["c_noise"], sigma.log() / 4)
 
 
 def test_a_typo_four_levels_down_is_named_with_its_line(tmp_path):

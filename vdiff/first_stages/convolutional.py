@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vdiff.first_stages.base import Autoencoder
-from vdiff.first_stages.tiles import tiled
+from vdiff.first_stages.tiles import cells, tiled
 from vdiff.networks.autoencoder import AutoencoderDecoder, AutoencoderEncoder
 
 
@@ -38,6 +39,7 @@ class ConvolutionalAutoencoder(Autoencoder, abstract=True):
     """
 
     code_factor = 1  # numbers that the encoder says per number of the code
+    decoder_class: ClassVar[type[nn.Module]] = AutoencoderDecoder
 
     def __init__(
         self,
@@ -81,7 +83,7 @@ class ConvolutionalAutoencoder(Autoencoder, abstract=True):
         )  # fmt: skip
         said = self.code_factor * code_channels
         self.encoder = AutoencoderEncoder(in_channels, said, *levels)
-        self.decoder = AutoencoderDecoder(code_channels, in_channels, *levels)
+        self.decoder = self.decoder_class(code_channels, in_channels, *levels)
         self.quant_conv = nn.Conv2d(said, self.code_factor * latent_channels, 1) if quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latent_channels, code_channels, 1) if quant_conv else nn.Identity()
 
@@ -139,18 +141,10 @@ class ConvolutionalAutoencoder(Autoencoder, abstract=True):
             return self._each(function, frames, enter, leave).unflatten(0, (len(x), -1)).transpose(1, 2)
         if self.max_rows is not None and len(x) > self.max_rows:
             return torch.cat([self._each(function, part, enter, leave) for part in x.split(self.max_rows)])
-        if (cells := self._tile_cells()) is None:
+        if (side_and_overlap := self._tile_cells()) is None:
             return function(x)
-        return tiled(function, x, *cells, enter, leave)
+        return tiled(function, x, *side_and_overlap, enter, leave)
 
     def _tile_cells(self) -> tuple[int, int] | None:
         """Side and overlap of tiles in latent cells; None without tiles."""
-        if self.tile is None:
-            return None
-        overlap = self.tile // 4 // self.factor * self.factor if self.tile_overlap is None else self.tile_overlap
-        if self.tile % self.factor or overlap % self.factor or not 0 <= overlap < self.tile:
-            raise ValueError(
-                f"{type(self).__name__}: tile and tile_overlap are multiples of {self.factor} pixels, the overlap "
-                f"smaller than the tile; got {self.tile} and {overlap}."
-            )
-        return self.tile // self.factor, overlap // self.factor
+        return cells(type(self).__name__, self.tile, self.tile_overlap, self.factor)

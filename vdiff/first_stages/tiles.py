@@ -14,6 +14,24 @@ import torch
 from torch import Tensor
 
 
+def cells(who: str, tile: int | None, overlap: int | None, factor: int) -> tuple[int, int] | None:
+    """Side and overlap of tiles in latent cells of ``factor`` pixels a side; None without tiles.
+
+    Args:
+        who: Whose they are, for the error.
+        tile, overlap: In pixels; the overlap is by default about a quarter of the tile.
+    """
+    if tile is None:
+        return None
+    overlap = tile // 4 // factor * factor if overlap is None else overlap
+    if tile % factor or overlap % factor or not 0 <= overlap < tile:
+        raise ValueError(
+            f"{who}: tile and tile_overlap are multiples of {factor} pixels, the overlap smaller than the tile; "
+            f"got {tile} and {overlap}."
+        )
+    return tile // factor, overlap // factor
+
+
 def tiled(
     function: Callable[[Tensor], Tensor], x: Tensor, side: int, overlap: int, enter: int = 1, leave: int = 1
 ) -> Tensor:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vdiff.hooks import checkpoint
+from vdiff.hooks import accepts, checkpoint
 from vdiff.process import Conditioning
 from vdiff.registry import Registered
 
@@ -48,12 +48,12 @@ class Network(Registered, nn.Module, kind="network"):
         """The conditions, none as an empty :class:`Conditioning`.
 
         Raises:
-            ValueError: there is one that this network does not take.
+            ValueError: there is one that neither this network nor anything attached to it takes.
         """
         if cond is None:
             return _NOTHING
         for name in cond.tensors:
-            if name not in self.accepts:
+            if name not in self.accepts and name not in accepts(self):
                 raise ValueError(self._refusal(name))
         return cond
 
@@ -81,7 +81,7 @@ class Network(Registered, nn.Module, kind="network"):
         return f"{title}: takes no condition {name!r}. {taken}"
 
 
-def run(layer: nn.Module, *args: Tensor | None, recompute: bool = False) -> Tensor:
+def run(layer: nn.Module, *args: object, recompute: bool = False) -> Tensor:
     """``layer(*args)``; with ``recompute`` its activations are not kept but computed again when differentiating."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(layer, *args, module=layer)

@@ -29,6 +29,9 @@ class TokenAttention(nn.Module):
         backend: See :func:`vdiff.attention.attend`.
     """
 
+    norm_q: nn.Module
+    norm_k: nn.Module
+
     def __init__(
         self,
         dim: int,
@@ -50,7 +53,12 @@ class TokenAttention(nn.Module):
         self.to_out = linear(dim, dim)
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, rotations: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        rotations: Tensor | None = None,
+        partners: Tensor | None = None,
     ) -> Tensor:
         """``(B, N, dim)`` from x ``(B, N, dim)`` and context ``(B, M, context_dim)``, by default x.
 
@@ -58,6 +66,7 @@ class TokenAttention(nn.Module):
             mask: Which context tokens count, ``(B, M)``, True counts.
             rotations: Where tokens stand, ``(N, dim / 2, 2)`` for a head's ``dim``, see
                 :func:`~vdiff.networks.positions.rotations`; x and context stand in the same places.
+            partners: The row whose keys and values each row attends to, ``(B,)``; by default its own.
         """
         context = x if context is None else context
         heads = (self.num_heads, -1)
@@ -66,6 +75,8 @@ class TokenAttention(nn.Module):
         v = self.to_v(context).unflatten(-1, heads)
         if rotations is not None:
             q, k = rotate(q, rotations), rotate(k, rotations)
+        if partners is not None:
+            k, v, mask = k[partners], v[partners], None if mask is None else mask[partners]
         return self.to_out(attend(q, k, v, mask, backend=self.backend).flatten(2))
 
 
@@ -144,12 +155,17 @@ class ModulatedBlock(nn.Module):
 
 
 class ModulatedOut(nn.Module):
-    """From tokens to patches; begins at zero."""
+    """From tokens to patches; begins at zero.
 
-    def __init__(self, dim: int, out_dim: int) -> None:
+    Args:
+        emb_dim: Length of what tokens are told, by default ``dim``.
+        affine: Whether the normalisation has a scale and shift of its own.
+    """
+
+    def __init__(self, dim: int, out_dim: int, emb_dim: int | None = None, affine: bool = False) -> None:
         super().__init__()
-        self.modulation = zeroed(nn.Linear(dim, 2 * dim))
-        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.modulation = zeroed(nn.Linear(emb_dim or dim, 2 * dim))
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
         self.proj = zeroed(nn.Linear(dim, out_dim))
 
     def forward(self, x: Tensor, emb: Tensor, groups: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ MAX_PERIOD = 10000.0
 
 
 def coordinates(
-    sizes: Sequence[int], trained_sizes: Sequence[int] | None = None, device: torch.device | None = None
+    sizes: Sequence[int], trained_sizes: Sequence[float] | None = None, device: torch.device | None = None
 ) -> Tensor:
     """Positions of all tokens of a grid, the last axis fastest, ``(N, axes)`` in float32.
 
@@ -30,6 +30,27 @@ def coordinates(
     axes = [torch.arange(size, dtype=torch.float32, device=device) for size in sizes]
     if trained_sizes is not None:
         axes = [axis * (trained / size) for axis, trained, size in zip(axes, trained_sizes, sizes, strict=True)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+
+
+def fitted(sizes: Sequence[int], trained_sizes: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """Positions of a video whose pictures are scaled to fit into a trained size, centred, ``(N, 3)`` in float32.
+
+    Pictures keep their shape, to a whole number of tokens; frames are counted as they come. So diffusers samples
+    CogVideoX at sizes that it was not trained for.
+
+    Args:
+        sizes: Tokens along frames, height and width.
+        trained_sizes: Tokens along height and width.
+    """
+    frames, *sides = sizes
+    scale = min(trained / side for trained, side in zip(trained_sizes, sides, strict=True))
+    axes = [torch.arange(frames, dtype=torch.float32, device=device)]
+    for trained, side in zip(trained_sizes, sides, strict=True):
+        covers = round(side * scale)
+        start = round((trained - covers) / 2)
+        stop = (start + covers) * (side - 1) / side
+        axes.append(torch.linspace(start, stop, side, dtype=torch.float32, device=device))
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
 
 
@@ -80,8 +101,8 @@ def rotations(where: Tensor, dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
-    """Turn neighbouring channels of ``x``, ``(B, N, heads, dim)``, in float32; see :func:`rotations`."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    """Turn neighbouring channels of ``x``, ``(B, N, heads, dim)``, in float32 at least; see :func:`rotations`."""
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rotations[:, None].unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 

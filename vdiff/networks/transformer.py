@@ -1,12 +1,14 @@
 """Attention over the pixels of a feature map, plain or in transformer blocks.
 
 Modules that attend carry a ``role``, ``self_attention`` or ``cross_attention``, and have
-``forward(x, context=None, mask=None)``, so that they can be asked to attend from one sequence to any
-other of the same kind. Names of weights are those of latent diffusion.
+``forward(x, context=None, mask=None, partners=None)``, so that they can be asked to attend from one sequence
+to any other of the same kind, and from one row of the batch to another. Names of weights are those of latent
+diffusion.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,6 +41,7 @@ class CrossAttention(nn.Module):
         inner = num_heads * head_dim
         context_dim = context_dim or dim
         self.num_heads = num_heads
+        self.dropout = dropout
         self.role = role
         self.backend = backend
         self.to_q = nn.Linear(dim, inner, bias=False)
@@ -46,17 +49,43 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, dim), nn.Dropout(dropout))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, partners: Tensor | None = None
+    ) -> Tensor:
         """``(B, N, dim)`` from x ``(B, N, dim)`` and context ``(B, M, context_dim)``, by default x.
 
-        ``mask`` says which context tokens count, ``(B, M)``, True counts.
+        Args:
+            mask: Which context tokens count, ``(B, M)``, True counts.
+            partners: The row whose keys and values each row attends to, ``(B,)``; by default its own.
+
+        Where the rows of x are folded, ``(b f)`` or ``(b h w)``, context and mask may have b rows.
         """
         context = x if context is None else context
+        if context.shape[1] == 1 and mask is None and partners is None and not self._needs_scores():
+            # The softmax of one number is 1: every token gets the value, whatever it asks.
+            value = repeated(self.to_out(self.to_v(context)), len(x))
+            return value.expand(-1, x.shape[1], -1)
         heads = (self.num_heads, -1)
         q = self.to_q(x).unflatten(-1, heads)
-        k = self.to_k(context).unflatten(-1, heads)
-        v = self.to_v(context).unflatten(-1, heads)
+        k = repeated(self.to_k(context), len(x)).unflatten(-1, heads)
+        v = repeated(self.to_v(context), len(x)).unflatten(-1, heads)
+        mask = None if mask is None else repeated(mask, len(x))
+        if partners is not None:
+            k, v, mask = k[partners], v[partners], None if mask is None else mask[partners]
         return self.to_out(attend(q, k, v, mask, backend=self.backend).flatten(2))
+
+    def _needs_scores(self) -> bool:
+        """Whether queries and keys are computed where they make no difference: so that all that is trained stays in
+        the graph, be its gradient zero, and every token has a dropout of its own."""
+        if self.training and self.dropout:
+            return True
+        layers = (self.to_q, self.to_k)
+        return torch.is_grad_enabled() and any(p.requires_grad for layer in layers for p in layer.parameters())
+
+
+def repeated(x: Tensor, rows: int) -> Tensor:
+    """``rows`` rows, each of x standing for as many in a row."""
+    return x if len(x) == rows else x.repeat_interleave(rows // len(x), dim=0, output_size=rows)
 
 
 class GEGLU(nn.Module):
@@ -160,15 +189,22 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zeroed(nn.Linear(inner, channels) if linear_projection else nn.Conv2d(inner, channels, 1))
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        size = x.shape[2:]
-        h = self.norm(x)
-        if self.linear_projection:
-            h = self.proj_in(h.flatten(2).transpose(1, 2))
-        else:
-            # Once in memory order here, or every block would put its tokens in order again.
-            h = self.proj_in(h).flatten(2).transpose(1, 2).contiguous()
+        h = self.tokens(x)
         for block in self.transformer_blocks:
             h = run(block, h, context, mask, recompute=self.checkpointing)
+        return self.added(x, h)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to what the blocks take, ``(B, H * W, inner)``."""
+        h = self.norm(x)
+        if self.linear_projection:
+            return self.proj_in(h.flatten(2).transpose(1, 2))
+        # Once in memory order here, or every block would put its tokens in order again.
+        return self.proj_in(h).flatten(2).transpose(1, 2).contiguous()
+
+    def added(self, x: Tensor, h: Tensor) -> Tensor:
+        """x, and what the blocks say of it."""
+        size = x.shape[2:]
         if self.linear_projection:
             h = self.proj_out(h).transpose(1, 2).unflatten(2, size)
         else:
@@ -204,14 +240,20 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, partners: Tensor | None = None
+    ) -> Tensor:
         """``(B, C, H, W)`` from x and context, by default x, each ``(B, C, H, W)``.
 
-        ``mask`` says which of the context's pixels count, ``(B, H * W)``, True counts.
+        Args:
+            mask: Which of the context's pixels count, ``(B, H * W)``, True counts.
+            partners: The row whose keys and values each row attends to, ``(B,)``; by default its own.
         """
         q, k, v = self._project(x)
         if context is not None:
             _, k, v = self._project(context)
+        if partners is not None:
+            k, v, mask = k[partners], v[partners], None if mask is None else mask[partners]
         out = attend(q, k, v, mask, backend=self.backend)
         return self.proj_out(out.flatten(2).transpose(1, 2)).unflatten(2, x.shape[2:])
 

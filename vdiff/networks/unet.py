@@ -20,9 +20,19 @@ from torch import Tensor, nn
 from vdiff.attention import Backend
 from vdiff.networks.base import Network, run
 from vdiff.networks.embeddings import sinusoidal
-from vdiff.networks.layers import Downsample, GroupNorm, Upsample, zeroed
+from vdiff.networks.layers import CONVOLUTIONS, Downsample, GroupNorm, Upsample, zeroed
 from vdiff.networks.resblock import ResBlock
 from vdiff.networks.transformer import AttentionBlock, SpatialTransformer
+from vdiff.networks.unet_stages import (
+    Direction,
+    assemble,
+    check_attention,
+    check_size,
+    check_widths,
+    label_embedding,
+    mlp,
+    per_level,
+)
 from vdiff.process import Conditioning
 
 
@@ -83,6 +93,11 @@ class UNet(Network, name="unet"):
         checkpointing: Keep no activations of residual and transformer blocks for the backward pass.
         norm_groups: Groups of every normalisation; all widths are multiples of it.
         attention_backend: See :func:`vdiff.attention.attend`.
+        dims: Axes of x after the channels: 1 for sequences ``(B, in_channels, L)``, 3 for volumes
+            ``(B, in_channels, D, H, W)``, whose first axis is not resampled. Attention is among all positions;
+            transformers with other than 2 want ``linear_projection``.
+        num_codes: Instead of a sample, logits of that many codes of a ``vq`` first stage, ``(B, num_codes, H, W)``.
+            The layers of the sample stay in the state dict.
     """
 
     accepts = ("cross_attention", "vector", "label", "concat")
@@ -117,37 +132,44 @@ class UNet(Network, name="unet"):
         checkpointing: bool = False,
         norm_groups: int = 32,
         attention_backend: Backend | None = None,
+        dims: Literal[1, 2, 3] = 2,
+        num_codes: int | None = None,
     ) -> None:
         super().__init__()
         levels = len(channel_mult)
         widths = [channels * mult for mult in channel_mult]
-        num_res_blocks = _per_level("num_res_blocks", num_res_blocks, levels)
-        depths = _per_level("transformer_depth", transformer_depth, levels)
-        disabled = _per_level("disable_self_attentions", disable_self_attentions or False, levels)
-        _check_widths(channels, widths, norm_groups)
+        num_res_blocks = per_level("UNet", "num_res_blocks", num_res_blocks, levels)
+        depths = per_level("UNet", "transformer_depth", transformer_depth, levels)
+        disabled = per_level("UNet", "disable_self_attentions", disable_self_attentions or False, levels)
+        check_widths("UNet", channels, widths, norm_groups)
         if context_dim is None and (linear_projection or any(disabled) or max(depths) > 1):
             raise ValueError(
                 "UNet: linear_projection, transformer_depth and disable_self_attentions belong to transformers, "
                 "which this network has none of. Give context_dim, or leave them out."
             )
-        _check_attention(widths, attention_factors, num_heads, head_dim)
+        check_attention("UNet", widths, attention_factors, num_heads, head_dim)
+        if context_dim is not None and dims != 2 and not linear_projection:
+            raise ValueError(f"UNet: transformers over {dims} axes want linear_projection: true.")
         self.in_channels, self.channels, self.num_classes = in_channels, channels, num_classes
-        self.context_dim = context_dim
+        self.context_dim, self.dims = context_dim, dims
         self.factor = 2 ** (levels - 1)
 
         embedding_dim = 4 * channels
-        self.time_embed = _mlp(channels, embedding_dim)
+        middle_depth = depths[-1] if transformer_depth_middle is None else transformer_depth_middle
+        self.time_embed = mlp(channels, embedding_dim)
         self.vector_dim = vector_dim
-        self.label_emb = _label_embedding(num_classes, vector_dim, embedding_dim)
+        self.label_emb = label_embedding("UNet", num_classes, vector_dim, embedding_dim)
         built_for = {"cross_attention": context_dim, "vector": vector_dim, "concat": True}
         built_for["label"] = num_classes is not None and num_classes != "sequential"
         self.accepts = tuple(name for name in type(self).accepts if built_for[name])
 
-        def res_block(width: int, out_width: int, resample: Literal["up", "down"] | None = None) -> ResBlock:
-            return ResBlock(width, embedding_dim, out_width, dropout, scale_shift_norm, resample, norm_groups)
+        def res_block(width: int, out_width: int, resample: Direction | None = None) -> ResBlock:
+            return ResBlock(width, embedding_dim, out_width, dropout, scale_shift_norm, resample, norm_groups, dims)
 
-        def attention(width: int, depth: int, is_self_disabled: bool = False) -> nn.Module:
+        def attention(width: int, level: int | None) -> nn.Module:
             heads = num_heads or width // (head_dim or width)
+            depth = middle_depth if level is None else depths[level]
+            is_self_disabled = level is not None and disabled[level]
             if context_dim is None:
                 return AttentionBlock(width, heads, norm_groups, new_attention_order, attention_backend)
             return SpatialTransformer(
@@ -155,45 +177,24 @@ class UNet(Network, name="unet"):
                 norm_groups, checkpointing, attention_backend,
             )  # fmt: skip
 
-        def resample(width: int, direction: Literal["up", "down"]) -> nn.Module:
+        def resample(width: int, direction: Direction) -> nn.Module:
             if resblock_updown:
                 return res_block(width, width, direction)
-            return {"up": Upsample, "down": Downsample}[direction](width, conv=resample_by_conv)
+            return {"up": Upsample, "down": Downsample}[direction](width, conv=resample_by_conv, dims=dims)
 
         def stage(*layers: nn.Module) -> Stage:
             return Stage(*layers, checkpointing=checkpointing)
 
-        self.input_blocks = nn.ModuleList([stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
-        skips, width = [channels], channels
-        for level in range(levels):
-            for _ in range(num_res_blocks[level]):
-                layers: list[nn.Module] = [res_block(width, widths[level])]
-                width = widths[level]
-                if 2**level in attention_factors:
-                    layers.append(attention(width, depths[level], disabled[level]))
-                self.input_blocks.append(stage(*layers))
-                skips.append(width)
-            if level < levels - 1:
-                self.input_blocks.append(stage(resample(width, "down")))
-                skips.append(width)
-
-        middle_depth = depths[-1] if transformer_depth_middle is None else transformer_depth_middle
-        self.middle_block = stage(res_block(width, width), attention(width, middle_depth), res_block(width, width))
-
-        self.output_blocks = nn.ModuleList()
-        for level in reversed(range(levels)):
-            for i in range(num_res_blocks[level] + 1):
-                layers: list[nn.Module] = [res_block(width + skips.pop(), widths[level])]
-                width = widths[level]
-                if 2**level in attention_factors:
-                    layers.append(attention(width, depths[level], disabled[level]))
-                if level and i == num_res_blocks[level]:
-                    layers.append(resample(width, "up"))
-                self.output_blocks.append(stage(*layers))
-
+        self.input_blocks, self.middle_block, self.output_blocks, width = assemble(
+            in_channels, channels, widths, num_res_blocks, attention_factors, res_block, attention, resample, stage,
+            CONVOLUTIONS[dims],
+        )  # fmt: skip
         self.out = nn.Sequential(
-            GroupNorm(norm_groups, width), nn.SiLU(), zeroed(nn.Conv2d(width, out_channels, 3, padding=1))
+            GroupNorm(norm_groups, width), nn.SiLU(), zeroed(CONVOLUTIONS[dims](width, out_channels, 3, padding=1))
         )
+        self.id_predictor = None
+        if num_codes is not None:
+            self.id_predictor = nn.Sequential(GroupNorm(norm_groups, width), CONVOLUTIONS[dims](width, num_codes, 1))
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Conditioning | None = None) -> Tensor:
         cond = self.accepted(cond)
@@ -208,22 +209,17 @@ class UNet(Network, name="unet"):
         h = self.middle_block(h, emb, context, mask)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb, context, mask)
-        return self.out(h)
+        return self.out(h) if self.id_predictor is None else self.id_predictor(h)
 
     def _with_concat(self, x: Tensor, cond: Conditioning) -> Tensor:
         concat = cond.get("concat")
         if concat is not None:
             x = torch.cat([x, concat], dim=1)
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
+        if x.ndim != 2 + self.dims or x.shape[1] != self.in_channels:
             parts = "x" if concat is None else f"x and 'concat' ({concat.shape[1]} channels)"
-            raise ValueError(f"UNet: expected {parts} to be (B, {self.in_channels}, H, W), got {tuple(x.shape)}.")
-        height, width = x.shape[2:]
-        if height % self.factor or width % self.factor:
-            near = tuple(max(round(n / self.factor), 1) * self.factor for n in (height, width))
-            raise ValueError(
-                f"UNet: height and width must be multiples of {self.factor}, got {(height, width)}; "
-                f"the nearest is {near}."
-            )
+            axes = {1: "L", 2: "H, W", 3: "D, H, W"}[self.dims]
+            raise ValueError(f"UNet: expected {parts} to be (B, {self.in_channels}, {axes}), got {tuple(x.shape)}.")
+        check_size("UNet", x.shape[-min(self.dims, 2)], x.shape[-1], self.factor)
         return x
 
     def _embedding(self, c_noise: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
@@ -242,54 +238,3 @@ class UNet(Network, name="unet"):
             return emb + self.label_emb(vector)
         label = self.needed(cond, "label")
         return emb + self.label_emb(label.to(dtype).view(-1, 1) if self.num_classes == "continuous" else label)
-
-
-def _mlp(dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, out_dim), nn.SiLU(), nn.Linear(out_dim, out_dim))
-
-
-def _label_embedding(num_classes: int | str | None, vector_dim: int | None, embedding_dim: int) -> nn.Module | None:
-    if (num_classes == "sequential") != (vector_dim is not None):
-        raise ValueError(
-            f"UNet: num_classes='sequential' and vector_dim go together, got {num_classes!r} and {vector_dim}."
-        )
-    if num_classes is None:
-        return None
-    if vector_dim is not None:
-        return nn.Sequential(_mlp(vector_dim, embedding_dim))
-    if num_classes == "continuous":
-        return nn.Linear(1, embedding_dim)
-    return nn.Embedding(int(num_classes), embedding_dim)
-
-
-def _per_level(name: str, value: int | bool | Sequence, levels: int) -> list:
-    if isinstance(value, int):
-        return [value] * levels
-    if len(value) != levels:
-        raise ValueError(f"UNet: {name} has {len(value)} values for {levels} levels: {list(value)}.")
-    return list(value)
-
-
-def _check_widths(channels: int, widths: list[int], norm_groups: int) -> None:
-    for width in (channels, *widths):
-        if width % norm_groups:
-            raise ValueError(
-                f"UNet: every width must be a multiple of norm_groups={norm_groups}, got {width} "
-                f"(channels={channels}). Change channels, or norm_groups for a small network."
-            )
-
-
-def _check_attention(
-    widths: list[int], attention_factors: Sequence[int], num_heads: int | None, head_dim: int | None
-) -> None:
-    factors = [2**level for level in range(len(widths))]
-    for factor in attention_factors:
-        if factor not in factors:
-            raise ValueError(f"UNet: attention_factors has {factor}, but the levels downsample by {factors}.")
-    divisor = num_heads or head_dim
-    if not divisor or (num_heads and head_dim):
-        raise ValueError(f"UNet: give num_heads or head_dim, one of them; got {num_heads} and {head_dim}.")
-    for factor, width in zip(factors, widths, strict=True):
-        if (factor in attention_factors or factor == factors[-1]) and width % divisor:
-            what = f"num_heads={num_heads}" if num_heads else f"head_dim={head_dim}"
-            raise ValueError(f"UNet: {what} does not divide the width {width} at downsampling factor {factor}.")

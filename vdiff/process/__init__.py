@@ -59,6 +59,7 @@ from vdiff.process.sigma_samplers import (
     UniformIndexSigmaSampler,
     UniformSigmaSampler,
 )
+from vdiff.process.x0_scale import X0Scale
 
 __all__ = [
     "HOST",
@@ -109,6 +110,7 @@ __all__ = [
     "VParameterization",
     "VelocityParameterization",
     "X0Parameterization",
+    "X0Scale",
     "ZeroSNRSchedule",
     "derive",
     "forked",

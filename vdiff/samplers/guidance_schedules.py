@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
-from vdiff.process import Prediction, X0Parameterization
+from vdiff.process import HOST, Prediction, X0Parameterization, X0Scale
 from vdiff.samplers.guiders import (
     PLAIN,
     Answers,
@@ -90,14 +91,11 @@ class DynamicCFGGuider(Guider, name="dynamic_cfg"):
 class X0ScaleGuider(WrappingGuider, name="x0_scale"):
     r"""VideoCrafter's scaled x0: a step from t to t' multiplies it by :math:`s(t')/s(t)`.
 
-    For models trained on :math:`s(t)\,x_0`. The noise goes on as it is. :math:`s` falls in a straight line from 1 in
-    the table's first row to ``last`` in row ``num_falling - 1`` and stays there. Meant for samplers with one call per
-    step; the last step ends at data.
+    For models trained on :math:`s(t)\,x_0`, see :class:`vdiff.process.X0Scale`; an engine with ``x0_scale`` does this
+    by itself. The noise goes on as it is. Meant for samplers with one call per step; the last step ends at data.
 
     Args:
-        last: Of :math:`s`.
-        num_falling: Rows in which it falls.
-        num_rows: Length of the table.
+        last, num_falling, num_rows: See :class:`vdiff.process.X0Scale`.
         guider: The one inside.
 
     References:
@@ -108,14 +106,11 @@ class X0ScaleGuider(WrappingGuider, name="x0_scale"):
         self, last: float = 0.7, num_falling: int = 400, num_rows: int = 1000, guider: Guider | None = None
     ) -> None:
         super().__init__(guider)
-        if last <= 0 or not 1 < num_falling <= num_rows:
-            raise ValueError(f"X0ScaleGuider: needs last > 0 and 1 < num_falling <= {num_rows}.")
-        self.last, self.num_falling, self.num_rows = last, num_falling, num_rows
+        self.x0_scale = X0Scale(last, num_falling, num_rows)
 
     def s(self, t: float) -> float:
         """What the clean sample is multiplied by at time ``t``."""
-        row = min(max(t * self.num_rows - 1, 0.0), self.num_falling - 1.0)
-        return 1 + (self.last - 1) * row / (self.num_falling - 1)
+        return self.x0_scale.at(torch.tensor(t, **HOST)).item()
 
     def numbers(self, nodes: Sequence[Node]) -> Sequence[Weight | None]:
         times = [*(node.t for node in nodes), 0.0]
