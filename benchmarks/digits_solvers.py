@@ -89,8 +89,8 @@ def main():
     }
     found = table(rows, arguments.budgets)
     text = (
-        f"{found}\n\nAccuracy of a classifier of real digits, and the Frechet distance as a multiple of that of the real "
-        f"training digits; {arguments.num} samples per cell of the run of `configs/digits_edm.yaml` with its "
+        f"{found}\n\nAccuracy of a classifier of real digits, and the Frechet distance as a multiple of that of the "
+        f"real training digits; {arguments.num} samples per cell of the run of `configs/digits_edm.yaml` with its "
         f"{engine.weights}, the same seeds and labels everywhere, without guidance. Two-call solvers take the largest "
         f"number of steps that fits. vdiff {vdiff.__version__}, torch {torch.__version__}. "
         "`python benchmarks/digits_solvers.py RUN --write` makes it anew."
