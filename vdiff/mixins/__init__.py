@@ -14,6 +14,7 @@ from vdiff.mixins.loha import LoHa
 from vdiff.mixins.lokr import LoKr
 from vdiff.mixins.lora import LoRA
 from vdiff.mixins.perturbation import PAG, SEG, SkipLayer
+from vdiff.mixins.readout_guidance import ReadoutGuidance
 from vdiff.mixins.record import Record
 from vdiff.mixins.ref_model import RefModel
 from vdiff.mixins.t2i_adapter import T2IAdapter
@@ -35,6 +36,7 @@ __all__ = [
     "LoKr",
     "LoRA",
     "Mixin",
+    "ReadoutGuidance",
     "Record",
     "RefModel",
     "SkipLayer",

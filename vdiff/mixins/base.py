@@ -311,21 +311,18 @@ def _one_of_family(root: nn.Module, family: str, who: str, name: str) -> nn.Modu
     """The one module of that class: ``root``, or one of the library's below it."""
     if type(root).__name__ == family:
         return root
-    found = {
-        path: module
-        for path, module in root.named_modules()
-        if isinstance(module, Registered) and type(module).__name__ == family
-    }
+    families = {path: type(module).__name__ for path, module in root.named_modules() if isinstance(module, Registered)}
+    found = [path for path, other in families.items() if other == family]
     if len(found) == 1:
-        return root.get_submodule(next(iter(found)))
+        return root.get_submodule(found[0])
     if found:
         raise ValueError(
             f"{who}: {name!r} was made for a {family}, and this {type(root).__name__} holds {len(found)}: "
-            f"{', '.join(list(found)[:4])}. Attach it to one of them."
+            f"{', '.join(found[:4])}. Attach it to one of them."
         )
     raise ValueError(
         f"{who}: {name!r} was made for a {family}, this is a {type(root).__name__}"
-        f"{' without one' if len(modules) > 1 else ''}. "
+        f"{' without one' if len(families) > 1 else ''}. "
         "To try it all the same, set its `host` to None first."
     )
 
