@@ -87,8 +87,8 @@ class Part(nn.Module):
         if self.gate is None:
             return scale
         gate = self.gate if self.gate.ndim == 1 else self.gate[:, place]
-        gate = expand_gate(gate, len(x)).view(-1, *(1,) * (x.ndim - 1))  # faster than indexing, which counts here
-        return (scale * gate).to(x.dtype)
+        amount = scale * expand_gate(gate, len(x)).view(-1, *(1,) * (x.ndim - 1))  # faster than indexing
+        return amount if amount.dtype == x.dtype else amount.to(x.dtype)  # a cast that does nothing costs as well
 
     def set_scale(self, value: float) -> None:
         self.strength = float(value)

@@ -152,7 +152,7 @@ class LoRAPart(WeightPart):
         if self.layer.kind == "embedding":
             hidden = F.embedding(x, down.T)
             return F.linear(hidden * self.amount(hidden), up)
-        if down.dtype != x.dtype:  # asked, since a cast that does nothing counts here
+        if down.dtype != x.dtype:
             down, up = down.to(x.dtype), up.to(x.dtype)
         hidden = self.layer.call(module, x, down)
         hidden = hidden * self.amount(hidden)

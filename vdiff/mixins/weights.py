@@ -175,7 +175,8 @@ class WeightPart(Part):
         if self.original is not None:
             return self._unrouted(output)
         x = args[0] if args else kwargs["input"]
-        return output + self.change(module, x).to(output.dtype)
+        change = self.change(module, x)
+        return output + (change if change.dtype == output.dtype else change.to(output.dtype))
 
     def _unrouted(self, output: Tensor) -> Tensor:
         if self.gate is not None:
