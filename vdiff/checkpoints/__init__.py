@@ -1,7 +1,13 @@
 """Weights on disk: read from anywhere without running code, written whole or not at all."""
 
+from vdiff.checkpoints.conversion import Converted
+from vdiff.checkpoints.conversion import convert as convert_checkpoint
+from vdiff.checkpoints.families import FAMILIES, Family, Layout
+from vdiff.checkpoints.keymap import KeyMap, KeyMapError, Move, Rule
 from vdiff.checkpoints.loading import LoadReport, MismatchError, load_into
+from vdiff.checkpoints.recognition import Part, Recognised, UnknownFamilyError, recognise
 from vdiff.checkpoints.runs import find_checkpoint, read_run_weights
+from vdiff.checkpoints.sources import WeightSource, is_pipeline, open_weights
 from vdiff.checkpoints.store import (
     DamagedCheckpointError,
     newest_valid,
@@ -23,20 +29,36 @@ from vdiff.checkpoints.weights import (
 )
 
 __all__ = [
+    "FAMILIES",
+    "Converted",
     "DamagedCheckpointError",
+    "Family",
+    "KeyMap",
+    "KeyMapError",
+    "Layout",
     "LoadReport",
     "MismatchError",
+    "Move",
+    "Part",
+    "Recognised",
+    "Rule",
+    "UnknownFamilyError",
     "UnsafeFileError",
     "WeightFileError",
+    "WeightSource",
+    "convert_checkpoint",
     "find_checkpoint",
+    "is_pipeline",
     "load_into",
     "newest_valid",
+    "open_weights",
     "prune",
     "read",
     "read_header",
     "read_metadata",
     "read_run_weights",
     "read_weights",
+    "recognise",
     "save_weights",
     "step_folder",
     "steps",

@@ -78,7 +78,7 @@ def read_weights(file: str | Path, inside: str | None = None) -> dict[str, Tenso
     if file.suffix == ".json":
         return _read_shards(file)
     if file.suffix in TORCH_SUFFIXES:
-        return _state_dict(_read_torch(file), inside, file)
+        return read_torch_weights(file, inside)
     known = ", ".join((".safetensors", ".safetensors.index.json", *TORCH_SUFFIXES))
     raise WeightFileError(f"{file}: weights are read from {known}; this is a {file.suffix or 'nameless'} file.")
 
@@ -118,29 +118,38 @@ def write_safetensors(
 
     Not safetensors' own writer: that one puts the metadata in random order, and cannot hash on the way.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{file}: {name} is {tensor.dtype}, which safetensors cannot hold.")
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text, offsets = safetensors_header(file, tensors, metadata)
     digest, size = hashlib.sha256(), 0
     with open(file, "wb") as out:
-        for piece in (len(text).to_bytes(8, "little"), text):
-            digest.update(piece)
-            size += out.write(piece)
-        for name in names:
-            piece = _bytes(tensors[name])
+        digest.update(text)
+        size += out.write(text)
+        for name in offsets:
+            piece = tensor_bytes(tensors[name])
             digest.update(piece)
             size += len(piece)
             out.write(piece)
         sync(out)
     return digest.hexdigest(), size
+
+
+def safetensors_header(
+    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """How a safetensors file begins, its length included, and where behind that each tensor does, in their order."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offsets, end = {}, 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{file}: {name} is {tensor.dtype}, which safetensors cannot hold.")
+        offsets[name], end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offsets[name], end]
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets
 
 
 def sync(out: BinaryIO) -> None:
@@ -158,7 +167,8 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """What a safetensors file holds of a tensor, not copied where it lies so already."""
     if tensor.numel() == 0:
         return memoryview(b"")
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -209,7 +219,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def read_shard_index(index: str | Path) -> dict[str, Path]:
+    """Names to the files they are in, which are beside the index and are there.
+
+    Raises:
+        WeightFileError: no such index, or a shard is missing.
+        UnsafeFileError: it says two things, or points elsewhere.
+    """
+    index = Path(index)
     try:
         if index.stat().st_size > MAX_HEADER:
             raise UnsafeFileError(f"{index}: an index of more than {MAX_HEADER:,} bytes is not read.")
@@ -221,14 +238,19 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         if isinstance(error, WeightFileError):
             raise
         raise WeightFileError(f"{index}: not an index of safetensors shards ('weight_map'): {error!r}.") from error
-    tensors: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
-        file = index.parent / shard
         if "\0" in shard or "\\" in shard or PurePosixPath(shard).name != shard or not shard.endswith(".safetensors"):
             raise UnsafeFileError(f"{index}: shard {shard!r}; a shard is a .safetensors file beside its index.")
-        if not file.is_file():
+        if not (index.parent / shard).is_file():
             raise WeightFileError(f"{index}: shard {shard!r} is missing; download it into {index.parent}.")
-        wanted = {name for name, place in places.items() if place == shard}
+    return {name: index.parent / shard for name, shard in places.items()}
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    places = read_shard_index(index)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(places.values())):
+        wanted = {name for name, place in places.items() if place == file}
         found = _read_safetensors(file)
         if wanted != set(found):
             odd = sorted(wanted ^ set(found))
@@ -237,7 +259,13 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_torch(file: Path) -> Any:
+def read_torch_weights(file: str | Path, inside: str | None = None, mmap: bool = False) -> dict[str, Tensor]:
+    """The tensors of a torch file, see :func:`read_weights`; memory-mapped if wished."""
+    file = Path(file)
+    return _state_dict(_read_torch(file, mmap), inside, file)
+
+
+def _read_torch(file: Path, mmap: bool = False) -> Any:
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -249,7 +277,7 @@ def _read_torch(file: Path) -> Any:
                 "Save it again with torch.save, or as safetensors."
             )
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
         names = [line for line in str(error).split("\n") if "GLOBAL" in line or "global" in line]

@@ -1,4 +1,4 @@
-"""``vdiff convert``: adapters between file formats, and out of runs."""
+"""``vdiff convert``: adapters between file formats, and out of runs; whole checkpoints between layouts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vdiff.checkpoints import (
+    UnknownFamilyError,
+    WeightFileError,
+    WeightSource,
+    convert_checkpoint,
+    is_pipeline,
+    open_weights,
+    recognise,
+)
 from vdiff.hooks import attached
 from vdiff.mixins import Mixin, load_mixin
 from vdiff.mixins.formats import (
@@ -22,6 +31,11 @@ from vdiff.mixins.formats import (
 )
 from vdiff.mixins.formats.sat import separate
 from vdiff.registry import build, did_you_mean
+
+# Layouts of whole checkpoints alone, and those that adapters are written in as well.
+WHOLE = ("sgm", "lvdm", "dynamicrafter")
+BOTH = ("vdiff", "diffusers", "sat")
+ADAPTER_LEAVES = ("lora", ".matrix_A.", "hada_", "lokr_")
 
 # Networks that published adapters are for, where no run of one's own has them.
 HOSTS = {
@@ -46,6 +60,9 @@ def convert(arguments: argparse.Namespace) -> int:
             print(f"{out}: {type(mixin).__name__} {mixin.name!r} on {len(mixin.sites)} modules of a {mixin.host}")
             return 0
         one = AdapterWeights.of(mixin)
+        arguments.host = arguments.host or str(source)
+    elif (checkpoint := _checkpoint(source, arguments)) is not None:
+        return _whole(checkpoint, out, arguments)
     elif arguments.to == "unicon" or format_of(source) == "unicon":
         return _unicon(source, out, arguments)
     else:
@@ -60,6 +77,49 @@ def convert(arguments: argparse.Namespace) -> int:
     write_adapter(one, out, arguments.to, blocks)
     ranks = ", ".join(map(str, sorted({site.rank for site in one.sites.values()})))
     print(f"{out}: {one.kind}, rank {ranks}, on {len(one.sites)} modules of a {one.host or 'network'}")
+    return 0
+
+
+def _checkpoint(source: Path, arguments: argparse.Namespace) -> WeightSource | None:
+    """A whole checkpoint, or None for what is an adapter or meant as one."""
+    is_meant = arguments.to in WHOLE or arguments.part or arguments.ignore or arguments.shard_size or arguments.given
+    if not is_meant and (arguments.to not in BOTH or (source.is_dir() and not is_pipeline(source))):
+        return None
+    opened = open_weights(source)
+    if is_meant:
+        return opened
+    if any(leaf in name for name in opened.header for leaf in ADAPTER_LEAVES):
+        return None
+    try:
+        recognise(opened.header, str(source))
+    except UnknownFamilyError as error:
+        try:
+            format_of(source)
+        except WeightFileError as other:
+            raise UnknownFamilyError(f"{error}\n  Nor is it an adapter.") from other
+        return None
+    return opened
+
+
+def _whole(source: WeightSource, out: Path, arguments: argparse.Namespace) -> int:
+    done = convert_checkpoint(
+        source,
+        out,
+        arguments.to,
+        parts=arguments.part or (),
+        ignore=arguments.ignore or (),
+        weights=arguments.weights,
+        shard_size=arguments.shard_size,
+        given=dict(arguments.given or ()),
+    )
+    for family, layout, tensors, numbers, is_averaged in done.parts:
+        average = ", the exponential average" if is_averaged else ""
+        print(f"{family}: {layout} to {arguments.to}, {tensors} tensors, {numbers:,} numbers{average}")
+    for reason, names in done.beside.items():
+        print(f"left out: {len(names)} tensors, {reason}")
+    if done.ignored:
+        print(f"ignored: {len(done.ignored)} tensors")
+    print(f"{out}: {len(done.files)} file{'s' if len(done.files) > 1 else ''}")
     return 0
 
 

@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   vdiff describe sampler/heun
   vdiff convert outputs/digits_lora style.safetensors --mixin style
   vdiff convert style.safetensors style_peft --to peft
+  vdiff convert v1-5-pruned.ckpt sd15 --to diffusers --ignore cond_stage_model.
 """
 
 EXIT_USER_ERROR = 2
@@ -126,16 +127,22 @@ def parser() -> argparse.ArgumentParser:
     plot.add_argument("--out", default=None, help=".png, .pdf or .svg")
     _imports_argument(plot)
 
-    convert = _command(commands, "convert", "conversion", "an adapter from one file format to another, or out of a run")
-    convert.add_argument("source", metavar="IN", help="file or folder of an adapter, or RUN")
-    convert.add_argument("out", metavar="OUT", help="file; for peft a folder")
-    formats = ("vdiff", "peft", "diffusers", "kohya", "sat", "unicon")
-    convert.add_argument("--to", choices=formats, default="vdiff", help="format of OUT (vdiff)")
+    convert = _command(commands, "convert", "conversion", "a checkpoint from one layout to another, or an adapter")
+    convert.add_argument("source", metavar="IN", help="checkpoint, or adapter, or RUN for its adapter")
+    convert.add_argument("out", metavar="OUT", help="file; for peft, and for diffusers' pipelines, a folder")
+    formats = ("vdiff", "diffusers", "sgm", "sat", "lvdm", "dynamicrafter", "peft", "kohya", "unicon")
+    convert.add_argument("--to", choices=formats, default="vdiff", help="layout or format of OUT (vdiff)")
+    convert.add_argument("--part", action="append", metavar="NAME", help="of a checkpoint, alone; repeat for several")
+    convert.add_argument("--ignore", action="append", metavar="PREFIX", help="names of a checkpoint to leave out")
+    convert.add_argument("--shard-size", type=_bytes, default=None, metavar="SIZE", help="of OUT at most, such as 5GB")
+    convert.add_argument(
+        "--given", type=_given, action="append", metavar="NAME=NUMBER", help="what a checkpoint does not tell"
+    )
     convert.add_argument("--host", help="the network, for its modules' names: a run, a run file, sd15, sd2 or sdxl")
     convert.add_argument("--component", help="of a file for a whole pipeline: unet, transformer, text_encoder, ...")
     convert.add_argument("--alpha", type=float, default=None, help="of a file that does not say it (SAT)")
     convert.add_argument("--mixin", default=None, metavar="NAME", help="of a run; by default its only one")
-    convert.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a run (ema)")
+    convert.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a run or checkpoint (ema)")
     convert.add_argument("--step", type=_checkpoint, default="last", help="of a run: a checkpoint, last or best")
     _imports_argument(convert)
 
@@ -178,6 +185,20 @@ def _field(word: str) -> tuple[str, str]:
     if not name or not sign:
         raise argparse.ArgumentTypeError(f"NAME=VALUE, such as fps=8, and not {word!r}")
     return name, value
+
+
+def _given(word: str) -> tuple[str, int]:
+    name, value = _field(word)
+    return name, _count(value)
+
+
+def _bytes(word: str) -> int:
+    number = word.upper().removesuffix("B")
+    unit = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:], 1)
+    digits = number[:-1] if unit > 1 else number
+    if not digits.isdecimal() or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"a size, such as 5GB or 200MB, and not {word!r}")
+    return int(digits) * unit
 
 
 def _checkpoint(word: str) -> int | str:

@@ -14,7 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdiff.checkpoints import find_checkpoint, read_metadata, read_weights, steps, verify
+from vdiff.checkpoints import (
+    UnknownFamilyError,
+    find_checkpoint,
+    is_pipeline,
+    open_weights,
+    read_metadata,
+    read_weights,
+    recognise,
+    steps,
+    verify,
+)
+from vdiff.checkpoints.recognition import described
 from vdiff.registry import load_config
 
 OPTIONAL = {
@@ -32,12 +43,13 @@ OPTIONAL = {
 
 def inspect(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
-    if path.is_dir():
+    if path.is_dir() and not is_pipeline(path):
         tensors = _inspect_run(path, arguments.allow_imports)
     else:
-        tensors = read_weights(path)
+        tensors = dict(open_weights(path).header)  # names and shapes, no weights
         for key, value in read_metadata(path).items() if path.suffix == ".safetensors" else ():
             print(f"{key}: {value[:200]}")
+        _say_family(tensors)
     census(tensors, arguments.depth)
     if arguments.keys:
         for name, value in tensors.items():
@@ -45,6 +57,25 @@ def inspect(arguments: argparse.Namespace) -> int:
     if arguments.against:
         return _compare(tensors, arguments)
     return 0
+
+
+def _say_family(tensors: dict[str, Tensor]) -> None:
+    try:
+        found = recognise(tensors)
+    except UnknownFamilyError:
+        print("family: none that is published and known")
+        return
+    print(f"family: {found.family.name}, in the layout {found.layout}")
+    for part in found.parts:
+        held = [tensors[name] for name in part.names.values()]
+        dtypes = ", ".join(dict.fromkeys(str(value.dtype).removeprefix("torch.") for value in held))
+        average = "; with an exponential average" if part.averaged else ""
+        at = f" at {part.prefix}*" if part.prefix else ""
+        parameters = sum(value.numel() for value in held)
+        print(f"  {part.family.name}{at}: {len(held)} tensors, {parameters:,} parameters, {dtypes}{average}")
+    for reason, names in found.beside.items():
+        print(f"  beside: {len(names)} tensors, {reason}")
+    print(f"unknown keys: {described(found.unknown) if found.unknown else 'none'}")
 
 
 def _compare(tensors: dict[str, Tensor], arguments: argparse.Namespace) -> int:
