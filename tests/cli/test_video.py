@@ -11,8 +11,10 @@ from vdiff.cli import main
 ROOT = Path(__file__).parents[2]
 
 SMALL = [
-    "engine.denoiser.network.width=32",
-    "engine.denoiser.network.depth=1",
+    "engine.denoiser.network.channels=16",
+    "engine.denoiser.network.in_channels=4",
+    "engine.denoiser.network.out_channels=4",
+    "engine.first_stage.num_frames=4",
     "engine.sampler.num_steps=2",
     "training.num_steps=2",
     "training.batch_size=8",

@@ -63,7 +63,7 @@ def test_the_start_up_report_hears_of_all_digits():
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'vdiff\[data\]'"):
+    with pytest.raises(ImportError, match=r"pip install scikit-learn"):
         Digits()
 
 

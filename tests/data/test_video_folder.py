@@ -162,5 +162,5 @@ def test_without_pyav_the_extra_is_named(tmp_path, monkeypatch):
 
     file = write(tmp_path / "a.mp4", num=5)
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImportError, match=r"pip install 'vdiff\[video\]'"):
+    with pytest.raises(ImportError, match=r"pip install av"):
         read_frames(file, [0])

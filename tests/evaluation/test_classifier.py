@@ -44,7 +44,7 @@ def test_without_labels_there_is_nothing_to_compare(reference, missing):
 
 def test_without_scikit_learn_the_extra_is_named(reference, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.svm", None)
-    with pytest.raises(ImportError, match=r"pip install 'vdiff\[data\]'"):
+    with pytest.raises(ImportError, match=r"pip install scikit-learn"):
         ClassifierAccuracy()(Samples(reference.test_images, reference.test_labels), reference)
 
 

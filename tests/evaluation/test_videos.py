@@ -91,7 +91,7 @@ def test_what_is_no_film_is_an_error(tmp_path):
 
 def test_without_pyav_the_extra_is_named_and_a_gif_needs_none(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImportError, match=r"pip install 'vdiff\[video\]'"):
+    with pytest.raises(ImportError, match=r"pip install av"):
         save_film(film(ramps()), tmp_path / "a.mp4")
     save_film(film(ramps()), tmp_path / "a.gif")
     assert Image.open(io.BytesIO((tmp_path / "a.gif").read_bytes())).n_frames == 5

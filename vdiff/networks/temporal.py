@@ -198,8 +198,8 @@ class VideoTransformer(SpatialTransformer):
     """Transformer blocks over the pixels of a frame, each followed by one over the frames of a pixel, blended.
 
     Args:
-        channels, num_heads, head_dim, depth, context_dim, dropout, linear_projection, norm_groups, checkpointing,
-            backend: See :class:`SpatialTransformer`.
+        channels, num_heads, head_dim, depth, context_dim, dropout: See :class:`SpatialTransformer`.
+        linear_projection, norm_groups, checkpointing, backend: See :class:`SpatialTransformer`.
         time_context_dim: Length of the context tokens of layers over time; None makes them attend to themselves.
         extra_ff, temporal_cross_attention: See :class:`TemporalTransformerBlock`.
         merge_factor, merge_strategy: See :class:`AlphaBlender`.

@@ -115,7 +115,7 @@ def encoded(engine: DiffusionEngine, pixels: Tensor) -> Tensor:
         ValueError: they are far outside of the first stage's ``pixel_range``; samples overshoot it a little.
     """
     low, high = engine.first_stage.pixel_range
-    reach = (high - low) / 2
+    reach = 8 * (high - low)  # samples overshoot, and latents as pixels may do so more; bytes are further out
     if not pixels.is_floating_point() or pixels.min() < low - reach or pixels.max() > high + reach:
         raise ValueError(
             f"{type(engine.first_stage).__name__} takes floating pixels in [{low:g}, {high:g}]; got {pixels.dtype} "
