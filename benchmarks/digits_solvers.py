@@ -25,7 +25,6 @@ KARRAS = {"discretizer": {"type": "karras"}}
 SOLVERS = {
     "euler": KARRAS,
     "heun": KARRAS,
-    "dpm_2": KARRAS,
     "dpmpp_2m": KARRAS,
     "dpmpp_3m": KARRAS,
     "unipc": KARRAS,
@@ -59,7 +58,7 @@ def measure(engine, reference, labels, name, budget):
     samples = Samples(images, labels)
     figures = {**ClassifierAccuracy()(samples, reference), **FrechetDistance()(samples, reference)}
     print(f"{name:16} {calls:3} calls  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)
-    return calls, figures["classifier_accuracy"], figures["frechet_ratio"]
+    return calls, figures["classifier_accuracy"], figures["frechet_distance_ratio"]
 
 
 def table(rows, budgets):
