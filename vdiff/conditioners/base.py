@@ -114,11 +114,7 @@ class Embedder(Registered, nn.Module, kind="embedder"):
         said = self.named(self(value))
         if self.null_kind == "same":
             return said, said
-        nulls = {name: Embedding(self.null(one.tensor)) for name, one in said.items()}
-        # A null of zeros counts in full: attention to nothing at all has no value.
-        return said, {
-            n: Embedding(null.tensor, None if said[n].mask is None else null.counts) for n, null in nulls.items()
-        }
+        return said, {name: self._null(one) for name, one in said.items()}
 
     def _null(self, said: Embedding) -> Embedding:
         null = Embedding(self.null(said.tensor))
