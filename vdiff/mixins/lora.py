@@ -148,14 +148,11 @@ class LoRAPart(WeightPart):
         return change
 
     def _through(self, module: nn.Module, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """The scale goes on the few channels between."""
         if self.layer.kind == "embedding":
-            hidden = F.embedding(x, down.T)
-            return F.linear(hidden * self.amount(hidden), up)
+            return F.linear(F.embedding(x, down.T), up)
         if down.dtype != x.dtype:
             down, up = down.to(x.dtype), up.to(x.dtype)
         hidden = self.layer.call(module, x, down)
-        hidden = hidden * self.amount(hidden)
         if self.layer.kind == "conv":
             return POINTWISE[up.ndim - 2](hidden, up, groups=self.parts)
         if self.parts == 1:

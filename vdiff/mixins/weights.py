@@ -166,17 +166,18 @@ class WeightPart(Part):
         """The change of ``weight`` in its shape, before :attr:`scale`; float32 or wider."""
 
     def change(self, module: nn.Module, x: Tensor) -> Tensor:
-        """What the change adds to the output for an input ``x``, with scale and gate."""
+        """What the change adds to the output for an input ``x``, at a scale of 1."""
         weight: Tensor = module.weight  # type: ignore[assignment]
-        change = self.layer.call(module, x, self.delta(weight).to(x.dtype if x.is_floating_point() else weight.dtype))
-        return change * self.amount(change)
+        return self.layer.call(module, x, self.delta(weight).to(x.dtype if x.is_floating_point() else weight.dtype))
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         if self.original is not None:
             return self._unrouted(output)
         x = args[0] if args else kwargs["input"]
         change = self.change(module, x)
-        return output + (change if change.dtype == output.dtype else change.to(output.dtype))
+        change = change if change.dtype == output.dtype else change.to(output.dtype)
+        # Scaled as it is added: one kernel, eager or compiled, and nothing more kept for the backward pass.
+        return torch.addcmul(output, change, self.amount(change))
 
     def _unrouted(self, output: Tensor) -> Tensor:
         if self.gate is not None:
