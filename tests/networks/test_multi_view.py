@@ -1,5 +1,7 @@
 """Several cameras: attention over the views of a moment and over the moments of a view."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,11 +45,15 @@ def inputs():
     return draw(2, 4, frames, 4, 4), torch.tensor([0.3, -1.1]), Conditioning(cond)
 
 
+SV4D_2 = dict(camera_embedding=True, separate_motion_blend=True)
+
+
 @pytest.mark.parametrize(
     "change, tensors, parameters",
     [
         ({}, 1908, 1_996_625_322),  # SV4D
-        (dict(camera_embedding=True, separate_motion_blend=True), 1924, 2_010_961_338),  # SV4D 2.0
+        (SV4D_2, 1924, 2_010_961_338),  # SV4D 2.0, eight views
+        (SV4D_2 | dict(view_attention="released"), 1924, 2_010_961_338),  # and four
     ],
 )
 def test_sv4d_counts_its_parameters(change, tensors, parameters):
@@ -56,47 +62,82 @@ def test_sv4d_counts_its_parameters(change, tensors, parameters):
     assert (len(net.state_dict()), sum(p.numel() for p in net.parameters())) == (tensors, parameters)
 
 
-def test_its_names_go_to_the_original_and_back():
+@pytest.mark.parametrize("change", [{}, SV4D_2])
+def test_its_names_go_to_the_original_and_back(change):
     with torch.device("meta"):
-        ours = VideoUNet(**TINY).state_dict()
+        ours = VideoUNet(**TINY | change).state_dict()
     theirs = sv4d()(ours)
     assert {
         "input_blocks.1.0.time_mix_blocks.in_layers.2.weight", "middle_block.0.time_mixer.mix_factor",
         "middle_block.1.time_mix_time_embed.0.weight", "output_blocks.3.1.time_mix_blocks.0.attn1.to_q.weight",
         "output_blocks.3.1.motion_blocks.0.attn2.to_k.weight", "input_blocks.1.1.time_mix_motion_embed.2.bias",
     } <= set(theirs)  # fmt: skip
-    assert not any("time_stack" in name or "pos_embed" in name for name in theirs)
+    assert not any(ours in name for name in theirs for ours in ("time_stack", "pos_embed", "motion_mixer"))
+    assert ("middle_block.1.time_mixer_motion.mix_factor" in theirs) == bool(change)
     assert list(sv4d().inverse(theirs)) == list(ours)
 
 
-def test_views_meet_in_their_moment_and_moments_in_their_view():
-    """Against a loop over moments, then over views, each alone."""
-    layer = randomised(MultiViewTransformer(16, 2, 8, 3, context_dim=12, norm_groups=8, separate_motion_blend=True))
+def look(block, tokens, context):
+    """One sequence ``(n, c)`` through a block, attending to ``(1, d)``."""
+    x = tokens[None]
+    x = x + block.ff_in(block.norm_in(x))
+    x = x + block.attn1(block.norm1(x))
+    x = x + block.attn2(block.norm2(x), context[None])
+    return (x + block.ff(block.norm3(x)))[0]
+
+
+def sequences(view_attention, pixels):
+    """Which (view, pixel) attend to each other at a moment t, and the moment whose context they are told."""
+    grid = [(v, p) for v in range(VIEWS) for p in range(pixels)]
+    if view_attention == "pixel":
+        return [([(v, p) for v in range(VIEWS)], lambda t: t) for p in range(pixels)]
+    if view_attention == "moment":
+        return [(grid, lambda t: t)]
+    # Generative-models: groups lie by number and moment, their contexts by moment and pixel.
+    groups = [grid[i : i + VIEWS] for i in range(0, len(grid), VIEWS)]
+    told = {(g, t): i for i, (g, t) in enumerate(itertools.product(range(len(groups)), range(MOMENTS)))}
+    contexts = [t for t in range(MOMENTS) for _ in range(pixels)]
+    return [(group, lambda t, g=g: contexts[told[g, t]]) for g, group in enumerate(groups)]
+
+
+@pytest.mark.parametrize("has_camera", [False, True])
+@pytest.mark.parametrize("view_attention", ["pixel", "moment", "released"])
+def test_views_meet_in_their_moment_and_moments_in_their_view(view_attention, has_camera):
+    """Against loops over sequences, one at a time: over views, then over moments."""
+    camera_dim, mixed = (7 if has_camera else None), dict(separate_motion_blend=True, view_attention=view_attention)
+    layer = MultiViewTransformer(16, 2, 8, 3, camera_dim, context_dim=12, norm_groups=8, **mixed)
+    layer = randomised(layer).double()
     x, context, views = draw(2 * MOMENTS * VIEWS, 16, 4, 4), draw(2 * MOMENTS, 1, 12, seed=2), draw(2, VIEWS, 3, 8, 8)
+    x, context, views, embedding = (a.double() for a in (x, context, views, draw(len(x), 7, seed=3)))
     with torch.no_grad():
-        said = layer(x, Clip(MOMENTS * VIEWS, context=context, views=views))
+        said = layer(x, Clip(MOMENTS * VIEWS, context=context, views=views, embedding=embedding))
         h = layer.transformer_blocks[0](layer.tokens(x), context.repeat_interleave(VIEWS, 0))
-        h = h.unflatten(0, (2, MOMENTS, VIEWS))
-        numbers = [layer.numbered(e, n, n, h) for e, n in (
-            (layer.time_pos_embed, VIEWS), (layer.motion_pos_embed, MOMENTS)
-        )]  # fmt: skip
-        out = torch.empty_like(h)
-        for b in range(2):
-            for t in range(MOMENTS):
-                one = context.unflatten(0, (2, MOMENTS))[b, t][None]
-                told = layer.time_stack[0](h[b, t] + numbers[0], one, None, VIEWS)
-                out[b, t] = layer.time_mixer(h[b, t], told)
-        h = out.clone()
-        for b in range(2):
-            for v in range(VIEWS):
-                picture = F.interpolate(views[b, v][None], size=(4, 4), mode="bilinear")[0].flatten(1).T[:, None]
-                told = layer.motion_stack[0](h[b, :, v] + numbers[1], picture, None, MOMENTS)
-                out[b, :, v] = layer.motion_mixer(h[b, :, v], told)
-        expected = layer.added(x, out.flatten(0, 2))
-    torch.testing.assert_close(said, expected, rtol=0, atol=1e-5)
+        h, context = h.unflatten(0, (2, MOMENTS, VIEWS)), context.unflatten(0, (2, MOMENTS))
+        embedding = embedding.unflatten(0, (2, MOMENTS, VIEWS))
+        moment = layer.numbered(layer.motion_pos_embed, MOMENTS, MOMENTS, h)[:, 0]
+        over_views, over_moments = torch.empty_like(h), torch.empty_like(h)
+        for b, t in itertools.product(range(2), range(MOMENTS)):
+            if has_camera:
+                view = layer.time_pos_embed(embedding[b, 0])
+            else:
+                view = layer.numbered(layer.time_pos_embed, VIEWS, VIEWS, h)[:, 0]
+            for places, whose in sequences(view_attention, 16):
+                tokens = torch.stack([h[b, t, v, p] + view[v] for v, p in places])
+                for place, told in zip(places, look(layer.time_stack[0], tokens, context[b, whose(t)]), strict=True):
+                    over_views[b, t, *place] = told
+        h = layer.time_mixer(h, over_views)
+        for b, v in itertools.product(range(2), range(VIEWS)):
+            picture = F.interpolate(views[b, v][None], size=(4, 4), mode="bilinear")[0].flatten(1).T
+            for p in range(16):
+                over_moments[b, :, v, p] = look(layer.motion_stack[0], h[b, :, v, p] + moment, picture[p][None])
+        expected = layer.added(x, layer.motion_mixer(h, over_moments).flatten(0, 2))
+    torch.testing.assert_close(said, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("change", [{}, dict(camera_embedding=True, separate_motion_blend=True, checkpointing=True)])
+@pytest.mark.parametrize(
+    "change",
+    [{}, SV4D_2 | dict(checkpointing=True), dict(view_attention="moment"), SV4D_2 | dict(view_attention="released")],
+)
 def test_it_uses_all_its_weights(change):
     net = randomised(build({"type": "video_unet", **TINY | change}, kind="network")).train()
     x, c_noise, cond = inputs()
@@ -110,8 +151,9 @@ def test_it_uses_all_its_weights(change):
         assert any(part in name for part in alone) or parameter.grad.abs().max() > 0, name
 
 
-def test_one_graph_under_compile():
-    small = TINY | dict(channel_mult=(1,), attention_factors=())  # tracing is what takes time here
+@pytest.mark.parametrize("change", [{}, SV4D_2 | dict(view_attention="released")])
+def test_one_graph_under_compile(change):
+    small = TINY | dict(channel_mult=(1,), attention_factors=()) | change  # tracing is what takes time here
     net, counter = randomised(VideoUNet(**small)), CompileCounter()
     compiled = torch.compile(net, backend=counter, fullgraph=True)
     with torch.no_grad():

@@ -3,8 +3,9 @@
 from vdiff.conditioners.base import JOINED_ALONG, Conditioner, Embedder, EmbedderConditioner, Embedding, Feeds
 from vdiff.conditioners.embedders import ClassLabelEmbedder, FieldEmbedder, ScalarFourierEmbedder
 from vdiff.conditioners.huggingface import CLIPTextEmbedder, T5TextEmbedder
+from vdiff.conditioners.image_latents import ImageLatentsEmbedder
 from vdiff.conditioners.open_clip import OpenCLIPTextEmbedder
-from vdiff.conditioners.pictures import ImageLatentsEmbedder, OpenCLIPImageEmbedder
+from vdiff.conditioners.pictures import OpenCLIPImageEmbedder
 from vdiff.conditioners.resampler import ImageTokensEmbedder, Resampler
 from vdiff.conditioners.text import TextEmbedder
 

@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from vdiff.first_stages import FirstStage
 from vdiff.process import Conditioning, RowKeys, upload
 from vdiff.registry import Registered, did_you_mean
 
-# How two embeddings that feed the same name are joined: the axis of (B, ...).
-JOINED_ALONG = {"vector": 1, "cross_attention": 2, "concat": 1}
+# How two embeddings that feed the same name are joined: the axis of (B, ...), -1 the last.
+JOINED_ALONG = {"vector": -1, "cross_attention": 2, "concat": 1}
 
 
 # What collation adds to a batch and no embedder reads.
@@ -121,6 +122,9 @@ class Embedder(Registered, nn.Module, kind="embedder"):
         # It counts in full: attention to nothing at all has no value.
         return null if said.mask is None else Embedding(null.tensor, null.counts)
 
+    def share(self, first_stage: FirstStage) -> None:
+        """Called by an engine with its own first stage, for embedders that may go through it."""
+
     def named(self, said: Tensor | Embedding | Mapping[str, Tensor | Embedding]) -> Feeds:
         """What :meth:`forward` gave, in its longest form."""
         by_name = said if isinstance(said, Mapping) else {self.feeds: said}
@@ -147,8 +151,8 @@ class EmbedderConditioner(Conditioner, name="embedders"):
     """Runs one embedder per field and composes them by the names they feed.
 
     Embeddings that feed the same name are joined in the order of the embedders: ``vector`` and
-    ``cross_attention`` along features, ``concat`` along channels. Of tokens joined along features, those count that
-    count in any of them.
+    ``cross_attention`` along features, ``concat`` along channels. A vector of the whole row, ``(B, c)``, joins one of
+    each frame, ``(B, F, c)``, in every frame. Of tokens joined along features, those count that count in any of them.
 
     Args:
         embedders: In the order in which they are joined.
@@ -171,10 +175,10 @@ class EmbedderConditioner(Conditioner, name="embedders"):
         gates: Mapping[str, dict] | None = None,
     ) -> None:
         super().__init__()
-        self.gates = {name: _rule(name, rule) for name, rule in (gates or {}).items()}
+        self.gates = dict(gates or {})
         self.embedders = nn.ModuleList(embedders)
         self.along = JOINED_ALONG | dict(along or {})
-        if wrong := {name: axis for name, axis in self.along.items() if axis < 1}:
+        if wrong := {name: axis for name, axis in (along or {}).items() if axis < 1}:
             raise ValueError(f"EmbedderConditioner: along counts axes after the rows, from 1, got {wrong}.")
         self.joint_drop = [self._outcome(row) for row in joint_drop]
         shares = [probability for probability, _ in self.joint_drop]
@@ -183,6 +187,15 @@ class EmbedderConditioner(Conditioner, name="embedders"):
                 "EmbedderConditioner: the probabilities of joint_drop are at least 0 and add up to at most 1, "
                 f"got {shares}."
             )
+
+    @property
+    def gates(self) -> dict[str, dict]:
+        """Which rows each mixin acts in, as given; to be set as a whole, where mixins come and go."""
+        return {name: {field: list(values)} for name, (field, values) in self._rules.items()}
+
+    @gates.setter
+    def gates(self, gates: Mapping[str, dict]) -> None:
+        self._rules = {name: _rule(name, rule) for name, rule in gates.items()}
 
     def _outcome(self, row: Mapping[str, Any]) -> tuple[float, frozenset[str]]:
         if set(row) != {"probability", "drop"}:
@@ -213,7 +226,7 @@ class EmbedderConditioner(Conditioner, name="embedders"):
                 silent.setdefault(name, []).append(nulls[name])
         _same_rows(rows)
         null, partners = self._joined(silent), batch.get("partner")
-        gates = {name: _gate(name, rule, batch, [*rows.values()]) for name, rule in self.gates.items()}
+        gates = {name: _gate(name, rule, batch, [*rows.values()]) for name, rule in self._rules.items()}
         return self._joined(said).with_(null=null if said else None, gates=gates, partners=partners)
 
     def _joined(self, parts: Mapping[str, list[Embedding]]) -> Conditioning:
@@ -271,7 +284,8 @@ def _join(name: str, parts: list[Embedding], axis: int | None) -> Embedding:
     if axis is None:
         raise ValueError(f"conditioner: {len(parts)} embedders feed {name!r}, which takes one.")
     try:
-        tensor = torch.cat([one.tensor for one in parts], axis)
+        tensors = [one.tensor for one in parts]
+        tensor = torch.cat(_in_every_frame(tensors) if name == "vector" else tensors, axis)
         if all(one.mask is None for one in parts):
             return Embedding(tensor)
         masks = [one.counts for one in parts]
@@ -281,3 +295,9 @@ def _join(name: str, parts: list[Embedding], axis: int | None) -> Embedding:
         raise ValueError(
             f"conditioner: embeddings that feed {name!r} do not join along axis {axis}: {shapes}."
         ) from error
+
+
+def _in_every_frame(tensors: list[Tensor]) -> list[Tensor]:
+    """Vectors ``(B, c)`` as ``(B, F, c)`` where another is so."""
+    frames = next((len(x[0]) for x in tensors if x.ndim == 3), None)
+    return [x[:, None].expand(-1, frames, -1) if x.ndim == 2 and frames else x for x in tensors]

@@ -63,17 +63,20 @@ class ClassLabelEmbedder(Embedder):
 
 
 class ScalarFourierEmbedder(Embedder):
-    """One or several numbers per row as sines and cosines: fps, motion, crop sizes.
+    """One or several numbers per row as sines and cosines: fps, motion, crop sizes; or one per frame: camera angles.
 
     Args:
         reads: A field of shape ``(B,)`` or ``(B, n)``.
         width: Of each number's embedding; even.
         max_period: Of the slowest wave.
         scale: The numbers are multiplied by it first; 1000 for numbers in [0, 1].
+        frames: Where set, numbers belong to views, ``(B, V)``, or to T moments of V views, ``(B, T, V)``, and each of
+            so many frames has an embedding of its own, ``(B, frames, width)``. Frames are all views of the first
+            moment, then of the next; views that are not told by moment stay what they are.
         feeds, drop, null: See :class:`Embedder`.
 
     References:
-        Podell et al., arXiv:2307.01952, section 2.2 (size conditioning).
+        Podell et al., arXiv:2307.01952, section 2.2 (size conditioning); Voleti et al., arXiv:2403.12008 (angles).
     """
 
     place: Tensor
@@ -84,6 +87,7 @@ class ScalarFourierEmbedder(Embedder):
         width: int = 256,
         max_period: float = 10_000.0,
         scale: float = 1.0,
+        frames: int | None = None,
         feeds: str = "vector",
         drop: float = 0.0,
         null: Literal["zero", "learned", "same"] = "zero",
@@ -91,24 +95,40 @@ class ScalarFourierEmbedder(Embedder):
         super().__init__(reads, feeds, drop, null)
         if width % 2:
             raise ValueError(f"ScalarFourierEmbedder: width must be even, got {width}.")
-        self.width, self.max_period, self.scale = width, max_period, scale
+        if frames is not None and frames < 1:
+            raise ValueError(f"ScalarFourierEmbedder: frames is at least 1, got {frames}.")
+        self.width, self.max_period, self.scale, self.frames = width, max_period, scale, frames
         self.register_buffer("place", torch.empty(0), persistent=False)  # moves with the module
         self.absent = nn.Parameter(torch.zeros(width)) if null == "learned" else None
 
     def forward(self, value: Tensor) -> Tensor:
-        """``(B, width)`` or ``(B, n * width)``, cosines first as in the field's time embeddings."""
+        """``(B, width)`` or ``(B, n * width)``, cosines first as in the field's time embeddings; or for each frame."""
         numbers = torch.as_tensor(value, device=self.place.device).float()
-        if numbers.ndim not in (1, 2):
+        if self.frames is not None:
+            numbers = self._by_frame(numbers, self.frames)
+        elif numbers.ndim not in (1, 2):
             raise ValueError(
                 f"ScalarFourierEmbedder: {self.reads} holds numbers, (B,) or (B, n), such as [8.0]; "
                 f"its shape is {tuple(numbers.shape)}."
             )
-        return sinusoidal(numbers * self.scale, self.width, self.max_period).flatten(1)
+        waves = sinusoidal(numbers * self.scale, self.width, self.max_period)
+        return waves.flatten(1) if self.frames is None else waves
+
+    def _by_frame(self, numbers: Tensor, frames: int) -> Tensor:
+        """``(B, V)`` or ``(B, T, V)`` to ``(B, frames)``."""
+        is_still = numbers.ndim == 2 and numbers.shape[1] > 0 and frames % numbers.shape[1] == 0
+        if not is_still and (numbers.ndim != 3 or numbers[0].numel() != frames):
+            raise ValueError(
+                f"ScalarFourierEmbedder: {self.reads} holds a number for each view, (B, V), where V divides the "
+                f"{frames} frames, or for each view at every moment, (B, T, V), T * V of them; its shape is "
+                f"{tuple(numbers.shape)}."
+            )
+        return numbers.repeat(1, frames // numbers.shape[1]) if is_still else numbers.flatten(1)
 
     def null(self, like: Tensor) -> Tensor:
         if self.absent is None:
             return torch.zeros_like(like)
-        return self.absent.repeat(like.shape[1] // self.width).expand_as(like)
+        return self.absent.repeat(like.shape[-1] // self.width).expand_as(like)
 
     def parse(self, word: str) -> float | list[float]:
         numbers = _numbers(word)

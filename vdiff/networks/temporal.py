@@ -32,8 +32,8 @@ class Clip(NamedTuple):
         image_only: Which rows are images, of which time says nothing, ``(b f)``, true where not 0. None: none are.
         context, mask: What image layers attend to, for each video or for each row, ``(b, n, c)`` and ``(b, n)``.
         time_context, time_mask: What layers over time attend to, for each video.
-        views, vector: Of several cameras, see :mod:`vdiff.networks.multi_view`: the first moment's picture of each
-            view, ``(b, v, c, h, w)``, and what describes each row, ``(b f, c)``.
+        views, embedding: Of several cameras, see :mod:`vdiff.networks.multi_view`: the first moment's picture of each
+            view, ``(b, v, c, h, w)``, and the network's embedding of each row, ``(b f, c)``.
     """
 
     num_frames: int
@@ -43,7 +43,7 @@ class Clip(NamedTuple):
     time_context: Tensor | None = None
     time_mask: Tensor | None = None
     views: Tensor | None = None
-    vector: Tensor | None = None
+    embedding: Tensor | None = None
 
 
 class AlphaBlender(nn.Module):

@@ -17,7 +17,7 @@ from vdiff.attention import Backend
 from vdiff.networks.base import Network, run
 from vdiff.networks.embeddings import sinusoidal
 from vdiff.networks.layers import Downsample, GroupNorm, Upsample, zeroed
-from vdiff.networks.multi_view import MultiViewTransformer
+from vdiff.networks.multi_view import MultiViewTransformer, ViewAttention
 from vdiff.networks.temporal import Clip, MergeStrategy, VideoResBlock, VideoTransformer
 from vdiff.networks.unet_stages import (
     Direction,
@@ -89,9 +89,11 @@ class VideoUNet(Network, name="video_unet"):
         extra_ff_mix: Whether blocks over time begin with a feed-forward. Generative-models always builds it.
         max_time_period: Of the sinusoids that number the frames.
         motion_context_dim: For several cameras: channels of ``views``, 4 in SV4D. See
-            :class:`vdiff.networks.multi_view.MultiViewTransformer`, also for the next two.
-        camera_embedding: Whether a view is known by each frame's ``vector`` (SV4D 2.0), else by its number.
+            :class:`vdiff.networks.multi_view.MultiViewTransformer`, also for the next three.
+        camera_embedding: Whether a view is known by the embedding of its ``vector`` and noise number (SV4D 2.0), else
+            by its number.
         separate_motion_blend: As in SV4D 2.0.
+        view_attention: ``released`` in SV4D 2.0 with four views.
         dropout: In residual blocks and transformers.
         scale_shift_norm: See :class:`ResBlock`; of the image layers.
         resblock_updown: Resample by residual blocks.
@@ -136,6 +138,7 @@ class VideoUNet(Network, name="video_unet"):
         motion_context_dim: int | None = None,
         camera_embedding: bool = False,
         separate_motion_blend: bool = False,
+        view_attention: ViewAttention = "pixel",
         dropout: float = 0.0,
         scale_shift_norm: bool = False,
         resblock_updown: bool = False,
@@ -155,8 +158,11 @@ class VideoUNet(Network, name="video_unet"):
         self.context_dim, self.vector_dim, self.use_spatial_context = context_dim, vector_dim, use_spatial_context
         self.motion_context_dim = motion_context_dim
         self.factor = 2 ** (levels - 1)
-        if (camera_embedding or separate_motion_blend) and motion_context_dim is None:
-            raise ValueError("VideoUNet: camera_embedding and separate_motion_blend go with motion_context_dim.")
+        is_for_views = camera_embedding or separate_motion_blend or view_attention != "pixel"
+        if is_for_views and motion_context_dim is None:
+            raise ValueError(
+                "VideoUNet: camera_embedding, separate_motion_blend and view_attention go with motion_context_dim."
+            )
         if motion_context_dim is not None and not use_spatial_context:
             raise ValueError("VideoUNet: with motion_context_dim the layers over views attend to cross_attention.")
         if camera_embedding and vector_dim is None:
@@ -187,8 +193,8 @@ class VideoUNet(Network, name="video_unet"):
             if motion_context_dim is None:
                 time_context_dim = context_dim if use_spatial_context else None
                 return VideoTransformer(width, heads, width // heads, depth, context_dim, time_context_dim, *rest)
-            camera_dim = vector_dim if camera_embedding else None
-            views = (motion_context_dim, camera_dim, separate_motion_blend)
+            camera_dim = embedding_dim if camera_embedding else None
+            views = (motion_context_dim, camera_dim, separate_motion_blend, view_attention)
             return MultiViewTransformer(width, heads, width // heads, *views, depth, context_dim, *rest)
 
         def resample(width: int, direction: Direction) -> nn.Module:
@@ -211,7 +217,7 @@ class VideoUNet(Network, name="video_unet"):
         x = self._with_concat(x, cond)
         num_rows, _, num_frames, *_ = x.shape
         emb = self._embedding(c_noise, cond, num_frames, x.dtype)
-        clip = self._clip(cond, num_rows, num_frames)
+        clip = self._clip(cond, num_rows, num_frames, emb)
         h = x.transpose(1, 2).flatten(0, 1)
         skips = []
         for block in self.input_blocks:
@@ -257,7 +263,7 @@ class VideoUNet(Network, name="video_unet"):
         label = label.to(dtype).view(-1, 1) if self.num_classes == "continuous" else label
         return emb + _per_frame(self.label_emb(label), 2, num_frames)
 
-    def _clip(self, cond: Conditioning, num_rows: int, num_frames: int) -> Clip:
+    def _clip(self, cond: Conditioning, num_rows: int, num_frames: int, emb: Tensor) -> Clip:
         """What all layers are told."""
         views = None if self.motion_context_dim is None else self._views(cond, num_frames)
         moments = num_frames if views is None else num_frames // views.shape[1]
@@ -274,12 +280,10 @@ class VideoUNet(Network, name="video_unet"):
                 first_mask, mask = mask[:, 0], mask.flatten(0, 1)
         if not self.use_spatial_context:
             first = first_mask = None
-        image_only, vector = cond.get("image_only"), cond.get("vector")
+        image_only = cond.get("image_only")
         if image_only is not None:
             image_only = image_only.view(num_rows, -1).expand(-1, num_frames).flatten()
-        if vector is not None:
-            vector = _per_frame(vector, 2, num_frames)
-        return Clip(num_frames, image_only, context, mask, first, first_mask, views, vector)
+        return Clip(num_frames, image_only, context, mask, first, first_mask, views, emb)
 
     def _views(self, cond: Conditioning, num_frames: int) -> Tensor:
         views = self.needed(cond, "views")

@@ -103,6 +103,7 @@ def sv4d() -> KeyMap:
         "time_pos_embed": "time_mix_time_embed",
         "motion_stack": "motion_blocks",
         "motion_pos_embed": "time_mix_motion_embed",
+        "motion_mixer": "time_mixer_motion",
     }
     places = ("input_blocks.{i}.{j}", "middle_block.{j}", "output_blocks.{i}.{j}")
     rules = [(f"{place}.{ours}.*", f"{place}.{theirs}.*") for place in places for ours, theirs in names.items()]
