@@ -8,8 +8,8 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
-def test_there_are_two():
-    assert {n.stem for n in NOTEBOOKS} >= {"train_and_sample", "solvers"}
+def test_they_are_found():
+    assert {n.stem for n in NOTEBOOKS} >= {"train_and_sample", "solvers", "mixins"}
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda n: n.stem)

@@ -27,6 +27,15 @@ def test_rows_that_do_not_say_their_stream_are_of_the_first():
         EmbedderConditioner(gates={"y": {"stream": 1}})({})
 
 
+def test_they_may_be_set_anew():
+    conditioner = EmbedderConditioner(gates={"y": {"stream": 1}})
+    conditioner.gates = conditioner.gates | {"x": {"stream": 0}}
+    assert conditioner.gates == {"y": {"stream": [1]}, "x": {"stream": [0]}}
+    assert conditioner({"stream": torch.tensor([1, 0])}).gates["x"].tolist() == [0.0, 1.0]
+    with pytest.raises(ValueError, match="'y' needs one field and its value"):
+        conditioner.gates = {"y": {}}
+
+
 def test_they_are_written_in_a_config():
     made = build({"type": "embedders", "gates": {"y": {"stream": 1}}}, "conditioner")
     assert made({"stream": torch.tensor([1, 0])}).gates["y"].tolist() == [1.0, 0.0]
