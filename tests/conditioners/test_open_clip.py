@@ -156,6 +156,26 @@ def test_patches_are_open_clips_tokens_and_hidden_are_those_before_the_norm(whol
     assert raw.shape == (2, 17, 32) and torch.allclose(whole.visual.ln_post(raw)[:, 1:], tokens, atol=1e-6)
 
 
+def test_penultimate_tokens_are_those_that_the_last_block_reads(whole, file):
+    raw = pictures(file, output="hidden")
+    blocks = raw.tower.transformer.resblocks
+    made = pictures(file, output="penultimate")
+    seen = made(prepared())
+    assert seen.shape == (2, 17, 32) and (seen - raw(prepared())).abs().max() > 0.01
+    assert torch.allclose(blocks[-1](seen), raw(prepared()), atol=1e-6)
+    assert f"model.visual.transformer.resblocks.{len(blocks) - 1}.*" in made.idle_weights()
+
+
+def test_an_empty_picture_is_zeros_to_the_tower(whole, file):
+    made = pictures(file, output="hidden", null="empty", feeds="ip_adapter", pixel_range=(0.0, 1.0))
+    pixels = (prepared() + 1) / 2
+    null = EmbedderConditioner([made]).eval()({"image": pixels}).null["ip_adapter"]
+    zeros = whole.visual.transformer(whole.visual._embeds(torch.zeros(1, 3, 32, 32)))
+    assert torch.allclose(null, zeros.expand(2, -1, -1), atol=1e-5)
+    film = torch.stack([pixels] * 3, 2)
+    assert EmbedderConditioner([made]).eval()({"image": film}).null["ip_adapter"].shape == (2, 51, 32)
+
+
 def test_a_picture_of_another_size_is_resized_and_a_grey_one_is_grey(file):
     made = pictures(file)
     flat = torch.full((1, 1, 70, 50), 0.5)

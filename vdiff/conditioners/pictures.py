@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdiff.checkpoints import load_into, read_weights
-from vdiff.conditioners.base import Embedder
+from vdiff.conditioners.base import Embedder, Embedding, Feeds
 from vdiff.conditioners.open_clip import PREFIXES, architecture
 
 # Of the pictures that CLIP was trained on, in [0, 1].
@@ -30,7 +30,8 @@ class OpenCLIPImageEmbedder(Embedder, name="open_clip_image"):
     - ``pooled``: CLIP's embedding, ``(B, width)``, and for ``cross_attention`` ``(B, 1, width)``;
     - ``patches``: the tokens of the patches, normalised, ``(B, n, width)``;
     - ``hidden``: all tokens as they leave the last block, the class token first, ``(B, 1 + n, width)``, as
-      VideoCrafter and DynamiCrafter read them.
+      VideoCrafter and DynamiCrafter read them;
+    - ``penultimate``: the same as they leave the last block but one, as IP-Adapter Plus reads them.
 
     Videos ``(B, c, f, h, w)`` give the tokens of all frames one after the other, ``pooled`` one a frame; or, with
     ``per_frame``, those of each frame apart, ``(B, f, n, width)``.
@@ -42,7 +43,8 @@ class OpenCLIPImageEmbedder(Embedder, name="open_clip_image"):
         weights: A file in open_clip's layout; the text tower in it is left out. None: random, with a warning.
         pixel_range: Lowest and highest value of the pictures. Values beyond it are an error where the host may look:
             on the CPU, and when sampling.
-        reads, feeds, drop: See :class:`Embedder`. The null is zero.
+        reads, feeds, drop: See :class:`Embedder`.
+        null: ``zero``, or ``empty``: what the tower says of a picture of CLIP's mean colour, as IP-Adapter Plus has it.
         trainable: Otherwise frozen.
         per_frame: For networks in which a frame attends to its own tokens, as SVD's, and a moment in SV4D's.
 
@@ -50,6 +52,7 @@ class OpenCLIPImageEmbedder(Embedder, name="open_clip_image"):
     differs from that by a few grey values at edges.
     """
 
+    has_empty = True
     mean: Tensor
     std: Tensor
 
@@ -60,12 +63,13 @@ class OpenCLIPImageEmbedder(Embedder, name="open_clip_image"):
         reads: str = "image",
         feeds: str = "cross_attention",
         drop: float = 0.0,
-        output: Literal["pooled", "patches", "hidden"] = "pooled",
+        output: Literal["pooled", "patches", "hidden", "penultimate"] = "pooled",
         pixel_range: tuple[float, float] = (-1.0, 1.0),
         trainable: bool = False,
         per_frame: bool = False,
+        null: Literal["zero", "empty"] = "zero",
     ) -> None:
-        super().__init__(reads, feeds, drop)
+        super().__init__(reads, feeds, drop, null)
         if pixel_range[0] >= pixel_range[1]:
             raise ValueError(f"OpenCLIPImageEmbedder: pixel_range goes from low to high, got {pixel_range}.")
         self.arch, self.output, self.pixel_range, self.trainable = arch, output, pixel_range, trainable
@@ -73,6 +77,8 @@ class OpenCLIPImageEmbedder(Embedder, name="open_clip_image"):
         config = architecture(arch, "OpenCLIPImageEmbedder")
         vision = config["vision_cfg"] if isinstance(arch, str) else config["text_cfg"]
         self.model = nn.ModuleDict({"visual": _visual(config, vision)})
+        if output == "penultimate" and len(self.tower.transformer.resblocks) < 2:
+            raise ValueError("OpenCLIPImageEmbedder: output 'penultimate' needs a tower of two layers or more.")
         self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None], persistent=False)
         self.is_random = False
@@ -93,6 +99,8 @@ class OpenCLIPImageEmbedder(Embedder, name="open_clip_image"):
     def idle_weights(self) -> list[str]:
         """Globs over weights that nothing reads."""
         unread = {"pooled": [], "patches": ["proj"], "hidden": ["proj", "ln_post.*"]}
+        last = f"transformer.resblocks.{len(self.tower.transformer.resblocks) - 1}.*"
+        unread["penultimate"] = [*unread["hidden"], last]
         return [f"model.visual.{name}" for name in unread[self.output]]
 
     def train(self, mode: bool = True) -> OpenCLIPImageEmbedder:
@@ -116,6 +124,14 @@ class OpenCLIPImageEmbedder(Embedder, name="open_clip_image"):
         if is_video:
             tokens = tokens.unflatten(0, (len(value), -1))
         return tokens.flatten(1, 2) if is_video and not self.per_frame else tokens
+
+    def with_null(self, value: Tensor) -> tuple[Feeds, Feeds]:
+        if self.null_kind == "zero":
+            return super().with_null(value)
+        low, high = self.pixel_range
+        colour = (low + (high - low) * self.mean).view(1, 3, *(1,) * (value.ndim - 2))
+        said, nothing = self(value), self(colour.expand(-1, -1, *value.shape[2:]))
+        return {self.feeds: Embedding(said)}, {self.feeds: Embedding(nothing.expand_as(said))}
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """Pictures as the tower reads them: its size, three channels, CLIP's mean and spread.
@@ -145,6 +161,9 @@ class OpenCLIPImageEmbedder(Embedder, name="open_clip_image"):
 
     def _tokens(self, x: Tensor) -> Tensor:
         tower = self.tower
+        if self.output == "penultimate":
+            before_last = len(tower.transformer.resblocks) - 2
+            return tower.transformer.forward_intermediates(tower._embeds(x), indices=[before_last], stop_early=True)[0]
         hidden = tower.transformer(tower._embeds(x))
         if self.output == "hidden":
             return hidden

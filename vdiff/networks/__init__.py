@@ -18,6 +18,7 @@ from vdiff.networks.modes import in_eval
 from vdiff.networks.modulated import ModulatedBlock, TokenAttention, TokenFeedForward
 from vdiff.networks.multi_view import MultiViewTransformer
 from vdiff.networks.patches import patchify, unpatchify
+from vdiff.networks.resampler import PerceiverAttention, Resampler
 from vdiff.networks.resblock import ResBlock
 from vdiff.networks.temporal import (
     AlphaBlender,
@@ -57,7 +58,9 @@ __all__ = [
     "ModulatedBlock",
     "MultiViewTransformer",
     "Network",
+    "PerceiverAttention",
     "ResBlock",
+    "Resampler",
     "SpatialTransformer",
     "TemporalConvolution",
     "TemporalResBlock",
