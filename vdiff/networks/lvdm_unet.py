@@ -25,7 +25,16 @@ from vdiff.networks.layers import Downsample, GroupNorm, Upsample, zeroed
 from vdiff.networks.lvdm_layers import ConvolvedResBlock, FrameTransformer, ImageCrossAttention
 from vdiff.networks.resblock import ResBlock
 from vdiff.networks.transformer import SpatialTransformer
-from vdiff.networks.unet_stages import Direction, assemble, check_attention, check_size, check_widths, mlp, per_level
+from vdiff.networks.unet_stages import (
+    Direction,
+    assemble,
+    check_attention,
+    check_size,
+    check_widths,
+    encode,
+    mlp,
+    per_level,
+)
 from vdiff.process import Conditioning
 
 INITIAL_HEADS = 8
@@ -102,6 +111,7 @@ class LVDMUNet(Network, name="lvdm_unet"):
         attention_backend: See :func:`vdiff.attention.attend`.
     """
 
+    role = "unet"
     accepts = ("cross_attention", "image_tokens", "fps", "guidance", "concat")
     built_by = {
         "cross_attention": "context_dim",
@@ -215,22 +225,19 @@ class LVDMUNet(Network, name="lvdm_unet"):
         )
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Conditioning | None = None) -> Tensor:
-        cond = self.accepted(cond)
-        x = self._with_concat(x, cond)
-        num_rows, _, num_frames, *_ = x.shape
-        emb = self._embedding(c_noise, cond, num_frames, x.dtype)
-        context, mask = self._context(cond, num_frames)
-        h = x.transpose(1, 2).flatten(0, 1)
-        skips = []
-        for i, block in enumerate(self.input_blocks):
-            h = block(h, emb, num_frames, context, mask)
-            if i == 0 and self.init_attn is not None:
-                h = self.init_attn[0](h, num_frames)
-            skips.append(h)
-        h = self.middle_block(h, emb, num_frames, context, mask)
+        h, told = self.begin(x, c_noise, self.accepted(cond))
+        h, skips = encode(self, h, told)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, num_frames, context, mask)
-        return self.out(h).unflatten(0, (num_rows, num_frames)).transpose(1, 2)
+            h = block(torch.cat([h, skips.pop()], dim=1), *told)
+        return self.out(h).unflatten(0, (len(x), x.shape[2])).transpose(1, 2)
+
+    def begin(self, x: Tensor, c_noise: Tensor, cond: Conditioning) -> tuple[Tensor, tuple]:
+        """See :class:`vdiff.networks.unet_stages.Encoder`; rows are ``(b f)``."""
+        x = self._with_concat(x, cond)
+        num_frames = x.shape[2]
+        told = (self._embedding(c_noise, cond, num_frames, x.dtype), num_frames, *self._context(cond, num_frames))
+        h = self.input_blocks[0](x.transpose(1, 2).flatten(0, 1), *told)
+        return h if self.init_attn is None else self.init_attn[0](h, num_frames), told
 
     def _with_concat(self, x: Tensor, cond: Conditioning) -> Tensor:
         concat = cond.get("concat")

@@ -29,6 +29,7 @@ from vdiff.networks.unet_stages import (
     check_attention,
     check_size,
     check_widths,
+    encode,
     label_embedding,
     mlp,
     per_level,
@@ -100,6 +101,7 @@ class UNet(Network, name="unet"):
             The layers of the sample stay in the state dict.
     """
 
+    role = "unet"
     accepts = ("cross_attention", "vector", "label", "concat")
     built_by = {
         "cross_attention": "context_dim",
@@ -197,19 +199,19 @@ class UNet(Network, name="unet"):
             self.id_predictor = nn.Sequential(GroupNorm(norm_groups, width), CONVOLUTIONS[dims](width, num_codes, 1))
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Conditioning | None = None) -> Tensor:
-        cond = self.accepted(cond)
+        h, told = self.begin(x, c_noise, self.accepted(cond))
+        h, skips = encode(self, h, told)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), *told)
+        return self.out(h) if self.id_predictor is None else self.id_predictor(h)
+
+    def begin(self, x: Tensor, c_noise: Tensor, cond: Conditioning) -> tuple[Tensor, tuple]:
+        """See :class:`vdiff.networks.unet_stages.Encoder`."""
         h = self._with_concat(x, cond)
         emb = self._embedding(c_noise, cond, x.dtype)
         context = None if self.context_dim is None else self.needed(cond, "cross_attention")
-        mask = cond.masks.get("cross_attention")
-        skips = []
-        for block in self.input_blocks:
-            h = block(h, emb, context, mask)
-            skips.append(h)
-        h = self.middle_block(h, emb, context, mask)
-        for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context, mask)
-        return self.out(h) if self.id_predictor is None else self.id_predictor(h)
+        told = (emb, context, cond.masks.get("cross_attention"))
+        return self.input_blocks[0](h, *told), told
 
     def _with_concat(self, x: Tensor, cond: Conditioning) -> Tensor:
         concat = cond.get("concat")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
-from torch import nn
+from torch import Tensor, nn
+
+from vdiff.process import Conditioning
 
 Direction = Literal["up", "down"]
 
@@ -17,6 +19,27 @@ class Stages(NamedTuple):
     middle_block: nn.Module
     output_blocks: nn.ModuleList
     width: int
+
+
+class Encoder(Protocol):
+    """A UNet as far as its middle, which a copy may walk alone; its ``role`` is ``unet``."""
+
+    input_blocks: nn.ModuleList
+    middle_block: nn.Module
+
+    def begin(self, x: Tensor, c_noise: Tensor, cond: Conditioning) -> tuple[Tensor, tuple]:
+        """What x is behind the first block, ``(rows, channels, ...)``, and what every block is told besides."""
+        ...
+
+
+def encode(net: Encoder, h: Tensor, told: tuple) -> tuple[Tensor, list[Tensor]]:
+    """From there on: what leaves the middle, and the skips, one from each block on the way down."""
+    _, *blocks = net.input_blocks
+    skips = [h]
+    for block in blocks:
+        h = block(h, *told)
+        skips.append(h)
+    return net.middle_block(h, *told), skips
 
 
 def assemble(

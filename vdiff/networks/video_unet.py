@@ -25,6 +25,7 @@ from vdiff.networks.unet_stages import (
     check_attention,
     check_size,
     check_widths,
+    encode,
     label_embedding,
     mlp,
     per_level,
@@ -103,6 +104,7 @@ class VideoUNet(Network, name="video_unet"):
         attention_backend: See :func:`vdiff.attention.attend`.
     """
 
+    role = "unet"
     accepts = ("cross_attention", "vector", "label", "concat", "views", "image_only")
     built_by = {
         "cross_attention": "context_dim",
@@ -213,20 +215,19 @@ class VideoUNet(Network, name="video_unet"):
         )
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Conditioning | None = None) -> Tensor:
-        cond = self.accepted(cond)
+        h, told = self.begin(x, c_noise, self.accepted(cond))
+        h, skips = encode(self, h, told)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), *told)
+        return self.out(h).unflatten(0, (len(x), x.shape[2])).transpose(1, 2)
+
+    def begin(self, x: Tensor, c_noise: Tensor, cond: Conditioning) -> tuple[Tensor, tuple]:
+        """See :class:`vdiff.networks.unet_stages.Encoder`; rows are ``(b f)``."""
         x = self._with_concat(x, cond)
         num_rows, _, num_frames, *_ = x.shape
         emb = self._embedding(c_noise, cond, num_frames, x.dtype)
-        clip = self._clip(cond, num_rows, num_frames, emb)
-        h = x.transpose(1, 2).flatten(0, 1)
-        skips = []
-        for block in self.input_blocks:
-            h = block(h, emb, clip)
-            skips.append(h)
-        h = self.middle_block(h, emb, clip)
-        for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, clip)
-        return self.out(h).unflatten(0, (num_rows, num_frames)).transpose(1, 2)
+        told = (emb, self._clip(cond, num_rows, num_frames, emb))
+        return self.input_blocks[0](x.transpose(1, 2).flatten(0, 1), *told), told
 
     def _with_concat(self, x: Tensor, cond: Conditioning) -> Tensor:
         concat = cond.get("concat")
