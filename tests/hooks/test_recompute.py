@@ -36,6 +36,12 @@ def foreignly(function, *args, module):
     return foreign(function, *args, use_reentrant=False)
 
 
+def compiled(function, *args, module):
+    return torch.compile(lambda *args: checkpoint(function, *args, module=module), backend="aot_eager", fullgraph=True)(
+        *args
+    )
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -203,6 +209,20 @@ def test_one_graph_with_checkpointing_compiled(net):
         for a, b in zip(ours, net.parameters(), strict=True):
             torch.testing.assert_close(a, b.grad)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("program", [withdrawn_gate, switched_off, reference_in_between, gate_kept_until_backward])
+def test_compiled_checkpoints_give_the_gradients_of_no_checkpoint(net, program):
+    for ours, true in zip(gradients(net, program, compiled), gradients(net, program, plainly), strict=True):
+        assert ours.abs().max() > 0
+        torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("program", [changed_scale, two_states_in_one_backward, reference_by_scale])
+def test_a_scale_changed_before_a_compiled_backward_is_an_error(net, program):
+    """The graph holds the scale itself, not a copy; torch sees that it is another."""
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(net, program, compiled)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 recompiles for every checkpointed block")

@@ -1,320 +1,196 @@
 """What holds for every mixin at every network: exact to come off, nothing at scale 0, safe to copy, save and recompute.
 
-Each registered mixin stands in the table below with arguments; one that does not fails its test.
+The table is in ``tests/every_mixin.py``; a registered mixin or network that does not stand there fails its test.
 """
 
 import copy
 import pickle
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from every_mixin import CASES, NETWORKS, PAIRS, WEIGHTS, ask, given, hosting, made, stirred
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
-from vdiff.denoisers import VDenoiser
-from vdiff.hooks import PORT, attached, routed
-from vdiff.mixins import (
-    PAG,
-    SEG,
-    Adapter,
-    ByLevel,
-    ControlNet,
-    DoRA,
-    FreeU,
-    IPAdapter,
-    JointAttention,
-    LoHa,
-    LoKr,
-    LoRA,
-    Mixin,
-    Record,
-    RefModel,
-    SkipLayer,
-    T2IAdapter,
-    TextualInversion,
-    TokenMerging,
-    load_mixin,
-)
-from vdiff.networks import DiT, UNet
-from vdiff.process import Conditioning, CosineSchedule
+from vdiff.hooks import PORT, attached
+from vdiff.mixins import load_mixin
+from vdiff.process import CosineSchedule
 from vdiff.registry import entries
 
-
-@dataclass
-class Case:
-    """How a mixin is tried.
-
-    Attributes:
-        make: A new one.
-        conds: Conditions that it brings along, ``(rows) -> tensor`` by name.
-        hosts: Where it goes.
-        needs: What must be attached before it.
-        acts: Whether it changes what the host says of the inputs here.
-    """
-
-    make: Callable[[], Mixin]
-    conds: dict[str, Callable[[int], torch.Tensor]] | None = None
-    hosts: tuple[str, ...] = ("unet", "dit")
-    needs: Callable[[nn.Module], Mixin] | None = None
-    acts: bool = True
+EVERY = pytest.mark.parametrize("name, host", PAIRS)
 
 
-CASES = {
-    "adapter": Case(lambda: Adapter(width=3)),
-    "by_level": Case(
-        lambda: ByLevel("style", {0.5: 0.2, 3.0: 0.7}),
-        needs=lambda host: stirred(LoRA(rank=2, name="style").attach(host)),
-    ),
-    "controlnet": Case(
-        lambda: ControlNet(hint_factor=1), {"controlnet": lambda rows: torch.rand(rows, 3, 8, 8)}, ("unet",)
-    ),
-    "dora": Case(lambda: DoRA(rank=2)),
-    "freeu": Case(lambda: FreeU(), hosts=("unet",)),
-    "ip_adapter": Case(lambda: IPAdapter(embed_dim=5), {"ip_adapter": lambda rows: torch.randn(rows, 5)}),
-    "joint_attention": Case(lambda: JointAttention()),
-    "loha": Case(lambda: LoHa(rank=2)),
-    "lokr": Case(lambda: LoKr(rank=2)),
-    "lora": Case(lambda: LoRA(rank=2)),
-    "pag": Case(lambda: PAG()),
-    "record": Case(lambda: Record(), acts=False),
-    "ref_model": Case(lambda: RefModel(always=True), acts=False),
-    "seg": Case(lambda: SEG()),
-    "skip_layer": Case(lambda: SkipLayer()),
-    "t2i_adapter": Case(
-        lambda: T2IAdapter(hint_factor=1), {"t2i_adapter": lambda rows: torch.rand(rows, 3, 8, 8)}, ("unet",)
-    ),
-    "textual_inversion": Case(lambda: TextualInversion({"<cat>": 2}), hosts=("tower",), acts=False),
-    "token_merging": Case(lambda: TokenMerging()),
-}
-GATED = ("pag", "seg", "skip_layer")  # which do nothing without a gate
-EVERY = pytest.mark.parametrize("name, host", [(name, host) for name, case in CASES.items() for host in case.hosts])
-
-
-def test_every_registered_mixin_stands_in_the_table():
-    ours = {name for name, entry in entries("mixin").items() if entry.target.__module__.startswith("vdiff.")}
-    assert ours == set(CASES)
-
-
-def stirred(thing):
-    """Weights as after training; they are found where they are, whatever holds them."""
-    for parameter in thing.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return thing
-
-
-class Tower(nn.Module):
-    """The table of a text tower and what comes after it."""
-
-    def __init__(self):
-        super().__init__()
-        self.token_embedding, self.out = nn.Embedding(9, 4), nn.Linear(4, 4)
-
-    def forward(self, ids):
-        return self.out(self.token_embedding(ids))
-
-
-def hosting(host, checkpointing=False):
-    torch.manual_seed(0)
-    if host == "tower":
-        return stirred(Tower())
-    if host == "unet":
-        net = UNet(1, 1, 8, (1, 2), 1, (2,), num_heads=2, context_dim=6, norm_groups=4, checkpointing=checkpointing)
-    else:
-        net = DiT(1, 1, 8, 2, 2, context_dim=6, checkpointing=checkpointing)
-    return VDenoiser(stirred(net)).eval()
-
-
-def told(name, rows=2):
-    """Conditions for one mixin, or for several."""
-    draw, names = torch.manual_seed(1), [name] if isinstance(name, str) else name
-    tensors = {"cross_attention": torch.randn(rows, 3, 6)}
-    for one in names:
-        tensors |= {cond: make(rows) for cond, make in (CASES[one].conds or {}).items()}
-    gates = {one: torch.linspace(1, 0.5, rows) for one in names if one in GATED}
-    partners = torch.arange(rows).flip(0) if "joint_attention" in names else None
-    del draw
-    return Conditioning(tensors, gates=gates, partners=partners)
-
-
-def ask(host, name, with_own=True):
-    """What the host says, with the conditions that only the mixin brings or without."""
-    torch.manual_seed(1)
-    if isinstance(host, Tower):
-        return host(torch.tensor([[0, 3, 8]]))
-    x, level = torch.randn(2, 1, 8, 8), CosineSchedule()(torch.tensor([0.3, 0.7]))
-    cond = told(name)
-    if not with_own:
-        cond = Conditioning({"cross_attention": cond["cross_attention"]})
-    return host(x, level, cond).value
-
-
-def attach(name, host, stir=True):
-    mixin = CASES[name].make().attach(host)
-    return stirred(mixin) if stir else mixin
-
-
-def prepared(name, host, **options):
-    made = hosting(host, **options)
+@pytest.fixture
+def module(name, host):
+    """A host with what the mixin needs there already; taken off again, whatever the test did."""
+    module = hosting(host)
     if CASES[name].needs is not None:
-        CASES[name].needs(made)
-    return made
+        CASES[name].needs(module)
+    yield module
+    for mixin in attached(module).values():
+        mixin.detach()
+
+
+def attach(name, host, module):
+    return stirred(made(name, host).attach(module), seed=1)
+
+
+def ours(kind):
+    return {name: entry for name, entry in entries(kind).items() if entry.target.__module__.startswith("vdiff.")}
+
+
+def test_every_registered_mixin_is_tried_at_every_registered_network():
+    assert set(ours("mixin")) == set(CASES)
+    assert {entry.target for entry in ours("network").values()} == {make.func for make, _ in NETWORKS.values()}
+    for name, case in CASES.items():
+        assert {*case.hosts, *case.refused} >= set(NETWORKS), name
+        assert not {*case.hosts} & {*case.refused}, name
+
+
+def test_the_documentation_says_what_goes_where():
+    """The table in docs/mixins.md: a cell is filled where the mixin is tried, at all forms of a network."""
+    page = (Path(__file__).parents[2] / "docs" / "mixins.md").read_text()
+    head, _, *rows = re.search(r"^\| +\|.*cogvideox.*\n(?:\|.*\n)+", page, re.M)[0].splitlines()
+    columns = re.findall(r"`(\w+)`", head)
+    assert columns == list(ours("network"))
+    said = {}
+    for row in rows:
+        names, *cells = [cell.strip() for cell in row.strip("|").split("|")]
+        said |= {name: [cell != "" for cell in cells] for name in re.findall(r"`(\w+)`", names)}
+    forms = {
+        column: [h for h, (make, _) in NETWORKS.items() if make.func.registered_name == column] for column in columns
+    }
+    assert said == {
+        name: [set(forms[column]) <= set(case.hosts) for column in columns]
+        for name, case in CASES.items()
+        if set(case.hosts) & set(NETWORKS)
+    }
 
 
 @EVERY
-def test_it_comes_off_bit_for_bit(name, host):
-    module = prepared(name, host)
+def test_it_comes_off_bit_for_bit(name, host, module):
     ports = {site for site, m in module.named_modules() if PORT in m._modules}
-    keys, plain, modes = (
-        list(module.state_dict()),
-        ask(module, name, False),
-        [p.requires_grad for p in module.parameters()],
-    )
-    mixin = attach(name, module)
+    keys, plain = list(module.state_dict()), ask(module, host)
+    modes = [p.requires_grad for p in module.parameters()]
+    mixin = attach(name, host, module)
     assert [key for key in module.state_dict() if f".{mixin.name}." not in f".{key}"] == keys
     if CASES[name].acts:
-        assert not torch.allclose(ask(module, name), plain, rtol=0, atol=1e-6)
+        assert not torch.allclose(ask(module, host, name), plain, rtol=0, atol=1e-6)
     mixin.detach()
     assert list(module.state_dict()) == keys and [p.requires_grad for p in module.parameters()] == modes
-    assert torch.equal(ask(module, name, False), plain)
+    assert torch.equal(ask(module, host), plain)
     assert {site for site, m in module.named_modules() if PORT in m._modules} == ports
     if not ports:
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
 @EVERY
-def test_it_is_nothing_at_scale_zero_and_switched_off(name, host):
-    module = prepared(name, host)
-    plain = ask(module, name, False)
-    mixin = attach(name, module)
-    full = ask(module, name)
+def test_it_is_nothing_at_scale_zero_and_switched_off(name, host, module):
+    plain = ask(module, host)
+    mixin = attach(name, host, module)
+    full = ask(module, host, name)
     with mixin.scaled(0.0):
-        torch.testing.assert_close(ask(module, name), plain, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ask(module, host, name), plain, rtol=1e-4, atol=1e-5)
     with mixin.disabled():
-        assert torch.equal(ask(module, name), plain)
-    assert torch.equal(ask(module, name), full)
+        assert torch.equal(ask(module, host, name), plain)
+    assert torch.equal(ask(module, host, name), full)
+
+
+# The denoiser's own are turned by the level; one changes shapes, two change nothing.
+GATED = [pair for pair in PAIRS if pair[0] not in ("by_level", "ref_model", "record", "token_merging")]
+
+
+@pytest.mark.parametrize("name, host", [pair for pair in GATED if pair[1] != "tower"])
+def test_each_row_gets_as_much_as_its_gate_says_however_it_is_folded(name, host, module):
+    """Rows are ``(b f)``, ``(b t v)`` or ``(b h w)`` inside; a gate that went to another row would show here."""
+    plain = ask(module, host)
+    mixin = attach(name, host, module)
+    full = ask(module, host, name, gates={name: torch.ones(2)})
+    gated = ask(module, host, name, gates={name: torch.tensor([1.0, 0.0])})
+    assert (gated[0] - plain[0]).abs().max() > 1e-6
+    torch.testing.assert_close(gated[1], plain[1], rtol=1e-4, atol=1e-5)
+    if name != "joint_attention":  # where a row looks at its partner, which is another now
+        torch.testing.assert_close(gated[0], full[0], rtol=1e-4, atol=1e-5)
+    mixin.detach()
+
+
+@pytest.mark.parametrize("name, host", [pair for pair in PAIRS if pair[1] == "video_unet"])
+def test_frames_that_are_images_are_each_as_if_alone(name, host, module):
+    """What a mixin does to a video it does frame by frame: layers over time bring frames together, and they are off."""
+    attach(name, host, module)
+    x, time, cond = given(host, [name])
+    level = CosineSchedule()(time)
+
+    def said(frames):
+        tensors = {key: value[:, :, frames] if value.ndim == 5 else value for key, value in cond.tensors.items()}
+        return module(x[:, :, frames], level, cond.with_(tensors=tensors | {"image_only": torch.ones(2)})).value
+
+    alone = torch.cat([said(slice(f, f + 1)) for f in range(x.shape[2])], dim=2)
+    torch.testing.assert_close(said(slice(None)), alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 @EVERY
-def test_a_copy_has_one_of_its_own(name, host, duplicate):
-    module = prepared(name, host)
-    plain = ask(module, name, False)
-    mixin = attach(name, module)
-    full = ask(module, name)
+def test_a_copy_has_one_of_its_own(name, host, module, duplicate):
+    plain = ask(module, host)
+    mixin = attach(name, host, module)
+    full = ask(module, host, name)
     twin = duplicate(module)
     theirs = attached(twin)[mixin.name]
-    assert theirs is not mixin and torch.equal(ask(twin, name), full)
+    assert theirs is not mixin and torch.equal(ask(twin, host, name), full)
     for parameter in theirs.parameters():
         nn.init.zeros_(parameter)
-    assert torch.equal(ask(module, name), full)
+    assert torch.equal(ask(module, host, name), full)
     theirs.detach()
-    assert torch.equal(ask(twin, name, False), plain) and torch.equal(ask(module, name), full)
+    assert torch.equal(ask(twin, host), plain)
 
 
 @EVERY
-def test_a_file_brings_it_back(name, host, tmp_path):
-    module = prepared(name, host)
-    mixin = attach(name, module)
-    full = ask(module, name)
+def test_a_file_brings_it_back(name, host, module, tmp_path):
+    mixin = attach(name, host, module)
+    full = ask(module, host, name)
     mixin.save(tmp_path / "mixin.safetensors")
     mixin.detach()
     again = load_mixin(tmp_path / "mixin.safetensors").attach(module)
-    assert torch.equal(ask(module, name), full)
+    assert torch.equal(ask(module, host, name), full)
     again.detach()
     mixin.attach(module)  # and the first brings its weights along
-    assert torch.equal(ask(module, name), full)
+    assert torch.equal(ask(module, host, name), full)
 
 
-@EVERY
+@pytest.mark.parametrize("name, host", [(name, host) for name, host in PAIRS if name in WEIGHTS])
+def test_merged_it_is_the_same_and_unmerged_the_host_is_what_it_was(name, host, module):
+    plain, before = ask(module, host), {key: value.clone() for key, value in module.state_dict().items()}
+    mixin = attach(name, host, module)
+    full, keys = ask(module, host, name), list(module.state_dict())
+    twin = copy.deepcopy(module)
+    for one in (module, twin, pickle.loads(pickle.dumps(module))):
+        theirs = attached(one)[mixin.name].merge()
+        close = dict(rtol=1e-3, atol=1e-4 * full.abs().max().item())
+        torch.testing.assert_close(ask(one, host, name), full, **close)
+        theirs.unmerge()
+        assert torch.equal(ask(one, host, name), full) and list(one.state_dict()) == keys
+        theirs.detach()
+        assert torch.equal(ask(one, host), plain)
+        assert all(torch.equal(value, before[key]) for key, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize("name, host", [pair for pair in PAIRS if pair[1] != "tower"])
 def test_the_gradient_is_the_same_where_activations_are_recomputed(name, host):
-    """And stays so when the mixin is turned before backward."""
-    if host == "tower":
-        pytest.skip("a table of embeddings is never recomputed")
+    """And stays so when the mixin is turned down, and then off, before backward."""
     grads = []
     for checkpointing in (False, True):
-        module = prepared(name, host, checkpointing=checkpointing)
-        mixin = attach(name, module, stir=False)
-        torch.manual_seed(2)
-        stirred(mixin)
-        loss = ask(module, name).square().sum()
-        mixin.scale = 0.25
-        loss.backward()
+        module = hosting(host, checkpointing)
+        needed = CASES[name].needs and CASES[name].needs(module)
+        mixin = attach(name, host, module)
+        loss = ask(module, host, name).square().sum()
+        mixin.scale, mixin.enabled = 0.25, False
         weights = [*mixin.parameters()] or [p for key, p in module.named_parameters() if "attn1.to_q" in key]
-        grads.append([weight.grad for weight in weights])
+        grads.append(torch.autograd.grad(loss, weights, allow_unused=True))
+        for one in (mixin, needed):
+            if one is not None:
+                one.detach()
+    assert any(grad is not None and grad.any() for grad in grads[0])
     for plain, recomputed in zip(*grads, strict=True):
         torch.testing.assert_close(recomputed, plain, rtol=1e-3, atol=1e-5)
-    assert any(grad.any() for grad in grads[0])
-
-
-def compiled_agrees(names, host):
-    """One graph for several scales and gates, and the numbers of eager mode."""
-    module = hosting(host)
-    net, mixins = module.network, [attach(name, module.network) for name in names]
-    x, c_noise, counter = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.7]), CompileCounterWithBackend("eager")
-    with torch._dynamo.config.patch(wrap_top_frame=True), torch.no_grad():  # as DiffusionEngine.compile sets it
-        compiled = torch.compile(net, backend=counter, fullgraph=True)
-        for scale in (1.0, 0.5):
-            for mixin in mixins:
-                mixin.scale = scale
-            with routed(net, cond := told(names)) if cond_is_routed(names) else nullcontext(cond := told(names)):
-                torch.testing.assert_close(compiled(x, c_noise, cond), net(x, c_noise, cond), rtol=1e-4, atol=1e-4)
-    assert counter.frame_count == 1
-
-
-def cond_is_routed(names):
-    return any(name in (*GATED, "joint_attention") for name in names)
-
-
-# Those of a denoiser or a tower; those that hand self-attention a context or fewer tokens; LoRA's relatives.
-NOT_TOGETHER = ("by_level", "ref_model", "textual_inversion", "seg", "token_merging", "dora", "loha", "lokr")
-
-
-@pytest.mark.parametrize("host", ["unet", "dit"])
-def test_one_graph_holds_them_all(host):
-    compiled_agrees([n for n, case in CASES.items() if host in case.hosts and n not in NOT_TOGETHER], host)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, host", [("token_merging", "unet"), ("token_merging", "dit"), ("dora", "unet"), ("lokr", "dit")]
-)
-def test_one_graph_holds_each(name, host):
-    if name != "token_merging":
-        return compiled_agrees([name], host)
-    module = hosting(host)
-    merging = attach(name, module)
-    x, c_noise, cond = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.7]), told(name)
-    compiled = torch.compile(module.network, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, c_noise, cond), module.network(x, c_noise, cond), rtol=1e-4, atol=1e-4)
-    merging.detach()
-
-
-def test_two_that_replace_what_a_module_does_are_refused_together():
-    from vdiff.hooks import Part
-
-    class Replacing(Part):
-        replaces = True
-
-    class Constant(Mixin, abstract=True):
-        def part(self, module, site):
-            return Replacing()
-
-    module = hosting("dit")
-    Constant("*.ff", "one").attach(module)
-    with pytest.raises(ValueError, match="'one' and 'two' both replace what this module does"):
-        Constant("*.ff", "two").attach(module)
-
-
-@EVERY
-def test_a_pattern_that_picks_nothing_and_a_wrapped_host_are_errors(name, host):
-    module = prepared(name, host)
-    mixin = CASES[name].make()
-    mixin.on = "*.nowhere"
-    with pytest.raises(ValueError, match="no module of .* matches '.*nowhere'"):
-        mixin.attach(module)
-    next(m for n, m in module.named_modules() if not n).__dict__["__composable_api_state_key_0"] = {}
-    with pytest.raises(ValueError, match="Attach first, then wrap"):
-        CASES[name].make().attach(module)

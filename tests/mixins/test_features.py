@@ -197,7 +197,7 @@ def test_a_grid_that_is_no_square_and_odd_sizes():
     merging.detach()
     assert torch.equal(host(x), plain)
     TokenMerging().attach(host)
-    with pytest.raises(ValueError, match=r"15 tokens are no picture of 3 by 3. Say how they lie"):
+    with pytest.raises(ValueError, match=r"15 tokens are no pictures of 3 by 3. Say how they lie"):
         host(x)
 
 

@@ -44,6 +44,9 @@ FORMS = {
 class Adapter(Mixin):
     """An adapter in every transformer block or residual block.
 
+    Of networks of videos those are the blocks over pixels, with all frames as rows; an adapter along time is one on
+    ``role:temporal_transformer_block``.
+
     Args:
         place: Where it reads and writes: ``attn2o-ffni``, the study's best, or a form and a layer
             (``parallel-ffn``); see the module's text.
@@ -53,8 +56,8 @@ class Adapter(Mixin):
         match: Widths always fit; where numbers of tokens or pixels differ between what is read and where it is
             written (a residual block that resamples): ``refuse``, or ``interpolate``.
         init: ``zero`` changes nothing at first; ``default`` is torch's, as the study's own code has it.
-        on: Blocks whose parts are called ``attn1``, ``attn2``, ``ff``, ``norm2`` and ``norm3``, or residual blocks;
-            by default all of that role.
+        on: Blocks whose parts are called ``attn1``, ``attn2`` and ``ff``, each with a normalisation in front, numbered
+            in their order; or residual blocks. By default all of that role.
         name, scale: See :class:`Mixin`.
 
     References:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,12 +78,21 @@ class TokenAdapterPart(AdapterPart):
 
     def __init__(self, mixin: Adapter, block: nn.Module, where: str) -> None:
         super().__init__(mixin)
-        inner = dict(block.named_children())
-        needed = {"attn1", "ff", "norm3"} | ({"attn2", "norm2"} if "attn2" in self.reads + self.writes else set())
+        inner, place = dict(block.named_children()), f"{self.reads}-{self.writes}"
+        needed = {"attn1", "ff"} | ({"attn2"} if "attn2" in place else set())
         if self.writes == "attn2i" and self.reads in ("attn1i", "attn1o"):
-            needed -= {"attn2", "norm2"}  # without cross-attention, the stream in front of it is there all the same
-        if missing := sorted(name for name in needed if name not in inner):
-            raise ValueError(f"{where} has no {', '.join(missing)}, and {self.reads}-{self.writes} asks for it.")
+            needed -= {"attn2"}  # without cross-attention, the stream in front of it is there all the same
+        missing = sorted(name for name in needed if name not in inner)
+        if missing or not _norms(inner):
+            lacking = ", ".join(missing) or "norm1, norm2 and so on"
+            there = ", ".join(name for name in ("attn1", "attn2", "ff") if name in inner) or "none of attn1, attn2, ff"
+            raise ValueError(f"{where} has no {lacking}, and {place} asks for it. It has {there}.")
+        is_across = place not in DIRECT and not {self.reads, self.writes} <= {"attn1i", "transo", "attn2c"}
+        if getattr(block, "role", None) == "temporal_transformer_block" and is_across:
+            raise ValueError(
+                f"{where} has frames as rows outside and pixels inside, and {place} lies on both sides. There are "
+                f"sequential-attn1, sequential-attn2, sequential-ffn, sequential-whole and parallel-whole."
+            )
         width = inner["attn1"].to_q.in_features  # type: ignore[union-attr]
         read = width
         if self.reads == "attn2c":
@@ -100,10 +110,10 @@ class TokenAdapterPart(AdapterPart):
         if place == "attn2c-attn2c":
             return {"attn2": AdaptsContext(self.wire)}
         helpers: dict[str, Part] = {}
-        for norm, stream in (("norm2", "attn2i"), ("norm3", "ffni")):
+        for stream, norm in _norms(inner).items():
             is_read = self.reads == stream
             is_written = STREAM[self.writes] <= STREAM[stream] and self.writes != "attn1i"
-            if norm in inner and (is_read or is_written):
+            if is_read or is_written:
                 helpers[norm] = AtStream(self.wire, is_read, is_written)
         if self.reads in ("attn1o", "attn2o", "ffno"):
             helpers[{"attn1o": "attn1", "attn2o": "attn2", "ffno": "ff"}[self.reads]] = Reads(self.wire)
@@ -220,6 +230,14 @@ class AdaptsContext(Helper):
             raise ValueError(f"Adapter: a {type(module).__name__} was called without a context, which attn2c reads.")
         context = self.wire.part.added(context, self.wire.part.delta(context))
         return (args, {**kwargs, name: context}) if name else ((x, context, *others[1:]), kwargs)
+
+
+def _norms(inner: dict[str, nn.Module]) -> dict[str, str]:
+    """The normalisations in front of cross-attention, if there is one, and feed-forward; by the stream they see."""
+    numbered = sorted(name for name in inner if re.fullmatch(r"norm\d", name))
+    if not numbered:
+        return {}
+    return ({"attn2i": numbered[1]} if "attn2" in inner else {}) | {"ffni": numbered[-1]}
 
 
 def _last_linear(module: nn.Module) -> str:

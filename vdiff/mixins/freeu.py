@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from vdiff.hooks import On, Part
 from vdiff.mixins.base import Mixin
 from vdiff.mixins.controlnet import skip_widths
-from vdiff.networks import UNet
-from vdiff.networks.layers import Upsample
-from vdiff.networks.resblock import ResBlock
+from vdiff.mixins.unets import check_unet, resamples
 
 
 class FreeU(Mixin, name="freeu"):
     """In the decoder's lowest resolutions, half of the stream's channels times b, the skip's low frequencies times s.
 
+    In a UNet of videos every frame is a picture, and its frequencies are those of height and width.
+
     Args:
         b, s: A number for each resolution, from the lowest; those for Stable Diffusion 1 are b (1.5, 1.6) and
             s (0.9, 0.2), for 2.1 (1.4, 1.6), for SDXL b (1.3, 1.4).
-        on: UNets.
+        on: UNets of pictures or videos.
         name: See :class:`Mixin`.
         scale: 0 is b and s of 1.
 
@@ -31,7 +33,7 @@ class FreeU(Mixin, name="freeu"):
         self,
         b: tuple[float, ...] = (1.5, 1.6),
         s: tuple[float, ...] = (0.9, 0.2),
-        on: On = "type:UNet",
+        on: On = "role:unet",
         name: str | None = None,
         scale: float = 1.0,
     ) -> None:
@@ -41,8 +43,7 @@ class FreeU(Mixin, name="freeu"):
         self.b, self.s = tuple(b), tuple(s)
 
     def part(self, module: nn.Module, site: str) -> Part:
-        if not isinstance(module, UNet):
-            raise ValueError(f"FreeU: {site or 'the module itself'} is a {type(module).__name__}, not a UNet.")
+        check_unet(module, site, "FreeU")
         return FreeUPart(self.b, self.s)
 
 
@@ -53,14 +54,12 @@ class FreeUPart(Part):
         super().__init__()
         self.b, self.s = b, s
 
-    def helpers(self, module: UNet) -> dict[str, Part]:  # type: ignore[override]
+    def helpers(self, module: Any) -> dict[str, Part]:
         widths, level, found = skip_widths(module)[::-1], 0, {}
         for i, block in enumerate(module.output_blocks):
             if level < len(self.b):
                 found[f"output_blocks.{i}"] = Freed(self.b[level], self.s[level], widths[i])
-            level += any(isinstance(m, Upsample) for m in block.children()) or any(
-                isinstance(m, ResBlock) and m.resample is not None for m in block.children()
-            )
+            level += resamples(block)
         return found
 
 

@@ -42,7 +42,13 @@ class PerturbationPart(Part):
 class PAG(Mixin, name="pag"):
     """Perturbed attention: every token attends to itself alone, the attention map is the identity.
 
+    In UNets of videos that is attention over the pixels of each frame; over time (``role:temporal_self_attention``) it
+    is left alone. In transformers over all frames no frame learns of another there.
+
     Args:
+        text: How many tokens in front are not the picture's, where text stands in one sequence with it (226 in
+            CogVideoX): they attend and are attended to as ever, as in diffusers' for Stable Diffusion 3. With 0
+            the text is left to itself, too.
         on: Self-attention that keeps its values in ``to_v`` and its output in ``to_out``, or else takes ``mask=`` and
             hands it to :func:`vdiff.attention.attend`.
         name, scale: See :class:`Mixin`.
@@ -51,31 +57,46 @@ class PAG(Mixin, name="pag"):
         Ahn et al., arXiv:2403.17377, eq. 14; they choose the layers in the middle of the network.
     """
 
-    def __init__(self, on: On = "role:self_attention", name: str | None = None, scale: float = 1.0) -> None:
+    def __init__(
+        self, text: int = 0, on: On = "role:self_attention", name: str | None = None, scale: float = 1.0
+    ) -> None:
         super().__init__(on, name, scale)
+        self.text = checked_text(text, "PAG")
 
     def part(self, module: nn.Module, site: str) -> PAGPart:
-        return PAGPart()
+        return PAGPart(self.text)
 
 
 class PAGPart(PerturbationPart):
+    def __init__(self, text: int = 0) -> None:
+        super().__init__()
+        self.text = text
+
     def worse(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         x = _input(args, kwargs)
-        if hasattr(module, "to_v") and hasattr(module, "to_out"):
+        is_of_tokens = hasattr(module, "to_v") and hasattr(module, "to_out")
+        if is_of_tokens and not self.text:
             return module.to_out(module.to_v(x))  # type: ignore[operator]
-        num = math.prod(x.shape[2:])  # a feature map, whose pixels are normalised together
-        own = torch.eye(num, dtype=torch.bool, device=x.device)[None, None]
-        return module.forward(x, mask=own)  # not called: this part stays out of it
+        num = x.shape[1] if is_of_tokens else math.prod(x.shape[2:])  # a feature map's pixels are normalised together
+        own = torch.eye(num, dtype=torch.bool, device=x.device)
+        own[: self.text] = own[:, : self.text] = True
+        rest = {name: value for name, value in kwargs.items() if name not in ("x", "mask")}
+        mask = kwargs.get("mask")
+        own = own[None, None] if mask is None else own & mask[:, None, None]
+        return module.forward(x, mask=own, **rest)  # not called: this part stays out of it
 
 
 class SEG(Mixin, name="seg"):
     r"""Smoothed energy: queries blurred over the picture by a Gaussian, keys and values as they are.
+
+    Of a video every frame is blurred by itself, whether frames are rows or lie one behind another in a row.
 
     Args:
         blur: Standard deviation of the Gaussian in tokens; infinite: all queries are their mean, which the paper
             found to work well and costs least.
         grid: Height and width of the picture in tokens, which come line by line, and frame by frame if there are
             several pictures in a row of the batch. By default tokens are one square picture.
+        text: How many tokens in front are not the picture's and stay sharp, where text stands in one sequence with it.
         on: Self-attention with linear queries, ``to_q``, that takes ``context=``.
         name, scale: See :class:`Mixin`.
 
@@ -87,6 +108,7 @@ class SEG(Mixin, name="seg"):
         self,
         blur: float = math.inf,
         grid: tuple[int, int] | None = None,
+        text: int = 0,
         on: On = "role:self_attention",
         name: str | None = None,
         scale: float = 1.0,
@@ -94,7 +116,7 @@ class SEG(Mixin, name="seg"):
         super().__init__(on, name, scale)
         if blur <= 0:
             raise ValueError(f"SEG: blur must be positive, got {blur}.")
-        self.blur, self.grid = blur, grid
+        self.blur, self.grid, self.text = blur, grid, checked_text(text, "SEG")
 
     def part(self, module: nn.Module, site: str) -> SEGPart:
         if not hasattr(module, "to_q"):
@@ -102,15 +124,15 @@ class SEG(Mixin, name="seg"):
                 f"SEG: {site!r} ({type(module).__name__}) has no queries of its own (to_q) to blur. Narrow `on`, or "
                 "use PAG, which goes on every self-attention."
             )
-        return SEGPart(self.blur, self.grid)
+        return SEGPart(self.blur, self.grid, self.text)
 
 
 class SEGPart(Part):
     """Queries are linear in their input, so to blur them is to ask from a blurred input."""
 
-    def __init__(self, blur: float, grid: tuple[int, int] | None) -> None:
+    def __init__(self, blur: float, grid: tuple[int, int] | None, text: int = 0) -> None:
         super().__init__()
-        self.blur, self.grid = blur, grid
+        self.blur, self.grid, self.text = blur, grid, text
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if self.gate is None:
@@ -123,20 +145,20 @@ class SEGPart(Part):
         return (asking,), {**rest, "context": x}
 
     def _blurred(self, x: Tensor) -> Tensor:
-        height, width = self.grid or (math.isqrt(x.shape[1]),) * 2
-        if x.shape[1] % (height * width) or (self.grid is None and height * width != x.shape[1]):
-            raise ValueError(
-                f"SEG: {x.shape[1]} tokens are no pictures of {height} by {width}. Say how they lie: SEG(grid=(h, w))."
-            )
-        tokens = x.unflatten(1, (-1, height, width))
+        text, tokens = pictures(x, self.grid, self.text, "SEG")
         if math.isinf(self.blur):
-            return tokens.mean((2, 3), keepdim=True).expand_as(tokens).flatten(1, 3)
-        rows, columns = (_blur(size, self.blur, x) for size in (height, width))
-        return torch.einsum("hi,wj,bfijc->bfhwc", rows, columns, tokens).flatten(1, 3)
+            blurred = tokens.mean((2, 3), keepdim=True).expand_as(tokens)
+        else:
+            rows, columns = (_blur(size, self.blur, x) for size in tokens.shape[2:4])
+            blurred = torch.einsum("hi,wj,bfijc->bfhwc", rows, columns, tokens)
+        return torch.cat([text, blurred.flatten(1, 3)], dim=1) if self.text else blurred.flatten(1, 3)
 
 
 class SkipLayer(Mixin, name="skip_layer"):
     """Layers left out: skip-layer and spatiotemporal skip guidance.
+
+    In UNets of videos the default leaves blocks over pixels out and those over time in; ``role:temporal_*`` are the
+    others.
 
     Args:
         on: Layers, for example some ``["*.blocks.7", "*.blocks.8"]``; by default all transformer blocks, which is
@@ -184,6 +206,32 @@ class SkipLayerPart(PerturbationPart):
                     )
             worse = given
         return worse[0] if isinstance(output, Tensor) else worse
+
+
+def checked_text(text: int, who: str) -> int:
+    if text < 0:
+        raise ValueError(f"{who}: text is how many tokens stand in front of the picture's, got {text}.")
+    return text
+
+
+def pictures(x: Tensor, grid: tuple[int, int] | None, text: int, who: str) -> tuple[Tensor, Tensor]:
+    """``(B, text + F h w, c)`` as text, and pictures ``(B, F, h, w, c)``.
+
+    Args:
+        grid: (h, w); None: F is 1, and the picture square.
+
+    Raises:
+        ValueError: the tokens are no such pictures.
+    """
+    num = x.shape[1] - text
+    height, width = grid or (math.isqrt(max(num, 0)),) * 2
+    if num < 1 or num % (height * width) or (grid is None and height * width != num):
+        behind = f" behind {text} of text" if text else ""
+        raise ValueError(
+            f"{who}: {num} tokens{behind} are no pictures of {height} by {width}. Say how they lie: "
+            f"grid=(h, w), and text=n where n others stand in front."
+        )
+    return x[:, :text], x[:, text:].unflatten(1, (-1, height, width))
 
 
 def _input(args: tuple, kwargs: dict) -> Tensor:

@@ -12,17 +12,19 @@ from vdiff.checkpoints import save_weights
 from vdiff.hooks import On, Part
 from vdiff.hooks.witness import in_backward
 from vdiff.mixins.base import Mixin
+from vdiff.networks.transformer import repeated
 
 
 class Record(Mixin):
     """Keeps activations or attention maps of every site, in memory, and writes them to a file.
 
+    Rows are those that the site sees: of a video often one for each frame, ``(b f)``, or for each pixel, ``(b h w)``.
     They are copies without gradient, on the device where they were made: recording waits for nothing. Recomputation
     in backward is not recorded.
 
     Args:
         what: ``output``, ``input`` (the first argument), or ``attention``: maps ``(B, heads, Q, K)`` whose rows sum to
-            1, of modules with ``to_q`` and ``to_k``.
+            1, of modules with ``to_q`` and ``to_k`` that make one softmax of their products.
         keep: The ``last`` of all calls, or ``all`` of them in order (not compiled: each would be another graph).
         on: Modules that return one tensor.
         name: See :class:`Mixin`.
@@ -43,6 +45,9 @@ class Record(Mixin):
     def part(self, module: nn.Module, site: str) -> RecordPart:
         if self.what == "attention" and not (hasattr(module, "to_q") and hasattr(module, "to_k")):
             raise ValueError(f"Record: {site!r} ({type(module).__name__}) has no to_q and to_k to make maps of.")
+        if self.what == "attention" and (hasattr(module, "to_k_ip") or getattr(module, "max_distance", None)):
+            also = "a picture beside the text" if hasattr(module, "to_k_ip") else "distances as well"
+            raise ValueError(f"Record: {site!r} ({type(module).__name__}) attends to {also}, which is no one map.")
         return RecordPart(self.what, self.keep)
 
     @property
@@ -114,7 +119,7 @@ def attention_map(module: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor: 
     mask = args[2] if len(args) > 2 else kwargs.get("mask")
     heads = (module.num_heads, -1)
     q = module.to_q(x).unflatten(-1, heads)
-    k = module.to_k(x if context is None else context).unflatten(-1, heads)
+    k = repeated(module.to_k(x if context is None else context), len(x)).unflatten(-1, heads)
     if hasattr(module, "norm_q"):
         q, k = module.norm_q(q), module.norm_k(k)
     if (turns := args[3] if len(args) > 3 else kwargs.get("rotations")) is not None:
@@ -122,6 +127,9 @@ def attention_map(module: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor: 
 
         q, k = rotate(q, turns), rotate(k, turns)
     logits = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * q.shape[-1] ** -0.5
+    if getattr(module, "is_causal", False):
+        logits = logits.masked_fill(torch.ones_like(logits[0, 0], dtype=torch.bool).triu(1), -torch.inf)
     if mask is not None:
+        mask = repeated(mask, len(x))
         logits = logits.masked_fill(~(mask[:, None, None] if mask.ndim == 2 else mask), -torch.inf)
     return logits.softmax(-1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,9 +15,9 @@ from vdiff.hooks import On, Part
 from vdiff.mixins.base import Mixin
 from vdiff.mixins.conditioned import ConditionedPart
 from vdiff.mixins.controlnet import AddsToOutput
-from vdiff.networks import UNet
-from vdiff.networks.layers import Downsample
+from vdiff.mixins.unets import check_unet, hint_rows, resamples
 from vdiff.networks.resblock import ResBlock
+from vdiff.networks.transformer import repeated
 from vdiff.process import Conditioning
 
 
@@ -24,13 +26,14 @@ class T2IAdapter(Mixin, name="t2i_adapter"):
 
     The features are added behind the last residual block of each resolution of the encoder, to what goes on and to
     the skip alike. As published, a new one begins with torch's own initialisation and so changes the output at once.
+    In a UNet of videos every frame has the features of its own hint; they know nothing of each other.
 
     Args:
         reads: The condition that holds the hint, ``(B, hint_channels, f H, f W)`` for an ``(H, W)`` of the network;
-            by default the mixin's name.
+            by default the mixin's name. For a video ``(B, hint_channels, F, f H, f W)``, or one hint for all frames.
         hint_channels, hint_factor: Of the hint. The published ones have 3 (or 1, drawings) and 8.
         num_blocks: Residual blocks per resolution.
-        on: UNets.
+        on: UNets of pictures or videos.
         name, scale: See :class:`Mixin`.
 
     References:
@@ -43,7 +46,7 @@ class T2IAdapter(Mixin, name="t2i_adapter"):
         hint_channels: int = 3,
         hint_factor: int = 8,
         num_blocks: int = 2,
-        on: On = "type:UNet",
+        on: On = "role:unet",
         name: str | None = None,
         scale: float = 1.0,
     ) -> None:
@@ -54,8 +57,7 @@ class T2IAdapter(Mixin, name="t2i_adapter"):
         self.num_blocks = num_blocks
 
     def part(self, module: nn.Module, site: str) -> T2IAdapterPart:
-        if not isinstance(module, UNet):
-            raise ValueError(f"T2IAdapter: {site or 'the module itself'} is a {type(module).__name__}, not a UNet.")
+        check_unet(module, site, "T2IAdapter")
         return T2IAdapterPart(module, self.reads, self.hint_channels, self.hint_factor, self.num_blocks)
 
     def read(self, file: str | Path) -> None:
@@ -77,7 +79,7 @@ class T2IAdapter(Mixin, name="t2i_adapter"):
 class T2IAdapterPart(ConditionedPart):
     """At a UNet: pixels of the hint as channels, a convolution, then residual blocks at each resolution."""
 
-    def __init__(self, host: UNet, reads: str | None, hint_channels: int, hint_factor: int, num_blocks: int) -> None:
+    def __init__(self, host: Any, reads: str | None, hint_channels: int, hint_factor: int, num_blocks: int) -> None:
         super().__init__(reads)
         self.hint_channels, self.hint_factor, self.num_blocks = hint_channels, hint_factor, num_blocks
         self.ends = _ends(host)
@@ -101,18 +103,13 @@ class T2IAdapterPart(ConditionedPart):
         return {f"input_blocks.{end}": AddsToOutput() for end in self.ends}
 
     def said(self, value: Tensor, x: Tensor, c_noise: Tensor, cond: Conditioning) -> Sequence[Tensor]:
-        size = tuple(n * self.hint_factor for n in x.shape[2:])
-        if value.shape[1:] != (self.hint_channels, *size):
-            raise ValueError(
-                f"T2IAdapter {self.mixin_name!r}: a hint for {tuple(x.shape[2:])} is (B, {self.hint_channels}, "
-                f"{size[0]}, {size[1]}), got {tuple(value.shape)}."
-            )
-        h = self.conv_in(self.unshuffle(value.to(self.conv_in.weight.dtype)))
+        rows = hint_rows(value, x, self.hint_channels, self.hint_factor, f"T2IAdapter {self.mixin_name!r}")
+        h = self.conv_in(self.unshuffle(rows.to(self.conv_in.weight.dtype)))
         said = []
         for i, block in enumerate(self.body):
             h = block(h)
             if i % self.num_blocks == self.num_blocks - 1:
-                said.append(h)
+                said.append(repeated(h, len(x) * math.prod(x.shape[2:-2])))
         return said
 
 
@@ -141,12 +138,9 @@ def _from_diffusers(name: str, num_blocks: int) -> str:
     return f"body.{place}.{found[3]}" if found[2] else f"body.{place}.in_conv.{found[3]}"
 
 
-def _ends(net: UNet) -> list[int]:
+def _ends(net: Any) -> list[int]:
     """The last block of the encoder at each resolution."""
-    halves = [
-        any(isinstance(m, Downsample) or (isinstance(m, ResBlock) and m.resample is not None) for m in block.modules())
-        for block in net.input_blocks
-    ]
+    halves = [resamples(block) for block in net.input_blocks]
     return [i for i in range(len(halves)) if i + 1 == len(halves) or halves[i + 1]]
 
 

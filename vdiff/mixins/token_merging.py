@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdiff.hooks import On, Part
 from vdiff.mixins.base import Mixin
+from vdiff.mixins.perturbation import checked_text, pictures
 
 
 class TokenMerging(Mixin):
     """Tokens that are most alike are averaged before self-attention, and get the same answer after it.
 
     One token of every cell of 2 by 2 takes others in, the first: nothing is drawn, so that a run repeats. Attention
-    costs :math:`(1 - r)^2` of what it did.
+    costs :math:`(1 - r)^2` of what it did. Tokens are merged within their frame, whether frames are rows or lie one
+    behind another in a row.
 
     Args:
         ratio: Share r of the tokens that are merged into others, up to three quarters.
-        grid: Height and width of the picture in tokens; by default tokens are one square picture.
+        grid: Height and width of the picture in tokens, which come line by line, and frame by frame if there are
+            several pictures in a row of the batch. By default tokens are one square picture.
+        text: How many tokens in front are not the picture's and stay, where text stands in one sequence with it.
         on: Self-attention over tokens ``(B, N, c)`` without masks; the authors take the highest resolution alone.
         name: See :class:`Mixin`.
         scale: Multiplies the ratio. It changes shapes, so that every value is a graph of its own, and rows cannot have
@@ -34,6 +36,7 @@ class TokenMerging(Mixin):
         self,
         ratio: float = 0.5,
         grid: tuple[int, int] | None = None,
+        text: int = 0,
         on: On = "role:self_attention",
         name: str | None = None,
         scale: float = 1.0,
@@ -41,18 +44,18 @@ class TokenMerging(Mixin):
         super().__init__(on, name, scale)
         if not 0 <= ratio <= 0.75:
             raise ValueError(f"TokenMerging: ratio is in [0, 0.75], got {ratio}.")
-        self.ratio, self.grid = ratio, grid
+        self.ratio, self.grid, self.text = ratio, grid, checked_text(text, "TokenMerging")
 
     def part(self, module: nn.Module, site: str) -> TokenMergingPart:
         if not hasattr(module, "to_q"):
             raise ValueError(f"TokenMerging: {site!r} ({type(module).__name__}) does not attend over tokens (to_q).")
-        return TokenMergingPart(self.ratio, self.grid)
+        return TokenMergingPart(self.ratio, self.grid, self.text)
 
 
 class TokenMergingPart(Part):
-    def __init__(self, ratio: float, grid: tuple[int, int] | None) -> None:
+    def __init__(self, ratio: float, grid: tuple[int, int] | None, text: int = 0) -> None:
         super().__init__()
-        self.ratio, self.grid = ratio, grid
+        self.ratio, self.grid, self.text = ratio, grid, text
         self.merge: Merge | None = None
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -67,22 +70,23 @@ class TokenMergingPart(Part):
                 f"TokenMerging: a {type(module).__name__} was called with a context, a mask or positions, which know "
                 "nothing of merged tokens. Narrow `on`."
             )
-        num = int(x.shape[1] * min(self.ratio * self.strength, 0.75))
-        self.merge = Merge.of(x, num, *self._grid(x)) if num else None
-        return ((x if self.merge is None else self.merge(x)), *args[1:]), rest
+        text, tokens = pictures(x, self.grid, self.text, "TokenMerging")
+        height, width = tokens.shape[2:4]
+        num = int(height * width * min(self.ratio * self.strength, 0.75))
+        self.merge = None
+        if num:
+            tokens = tokens.flatten(2, 3).flatten(0, 1)  # (b f, h w, c)
+            self.merge = Merge.of(tokens, num, height, width)
+            x = torch.cat([text, self.merge(tokens).unflatten(0, (len(x), -1)).flatten(1, 2)], dim=1)
+        return (x, *args[1:]), rest
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         merge, self.merge = self.merge, None
-        return output if merge is None else merge.undone(output)
-
-    def _grid(self, x: Tensor) -> tuple[int, int]:
-        height, width = self.grid or (math.isqrt(x.shape[1]),) * 2
-        if height * width != x.shape[1]:
-            raise ValueError(
-                f"TokenMerging: {x.shape[1]} tokens are no picture of {height} by {width}. "
-                "Say how they lie: grid=(h, w)."
-            )
-        return height, width
+        if merge is None:
+            return output
+        text, tokens = output[:, : self.text], output[:, self.text :]
+        tokens = merge.undone(tokens.unflatten(1, (-1, merge.left)).flatten(0, 1))
+        return torch.cat([text, tokens.unflatten(0, (len(output), -1)).flatten(1, 2)], dim=1)
 
 
 class Merge:
@@ -116,6 +120,11 @@ class Merge:
         return cls(
             len(place), taking, others[staying][..., None], others[going][..., None], best.gather(1, going)[..., None]
         )
+
+    @property
+    def left(self) -> int:
+        """How many tokens there are after merging."""
+        return self.size - self.going.shape[1]
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(B, N, c)`` to ``(B, N - num, c)``: those that stay, then those that took others in, as means."""
