@@ -9,7 +9,7 @@ from torch import nn
 from vdiff.hooks import PORT, checkpoint
 from vdiff.mixins import Adapter
 from vdiff.mixins.adapter import FORMS
-from vdiff.networks import DiT, UNet
+from vdiff.networks import DiT, ExpertBlock, TemporalTransformerBlock, UNet
 from vdiff.networks.modulated import ModulatedBlock
 from vdiff.networks.resblock import ResBlock
 from vdiff.networks.transformer import BasicTransformerBlock
@@ -180,6 +180,45 @@ def test_where_sizes_differ_it_is_refused_or_matched():
 def test_places_that_are_none_are_refused(place, text):
     with pytest.raises(ValueError, match=text):
         Adapter(place)
+
+
+def test_in_a_block_of_text_and_video_it_reads_and_writes_the_stream():
+    """Two normalisations are two layers: the second is that of the feed-forward."""
+    block, x = stirred(ExpertBlock(8, 2, 16, 4)), torch.randn(2, 7, 8)
+    emb = torch.randn(2, 1, 4)
+    adapter = stirred(Adapter("ffni-transo", width=3).attach(block))
+    part = block._port["adapter"]
+    with adapter.disabled():
+        seen = []
+        handle = block.norm2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        plain = block(x, emb, 3)
+        handle.remove()
+    torch.testing.assert_close(block(x, emb, 3), plain + part.delta(seen[0]))
+
+
+PLACES = (
+    "sequential-attn1",
+    "sequential-attn2",
+    "sequential-ffn",
+    "sequential-whole",
+    "parallel-whole",
+    "attn2c-attn2c",
+)
+
+
+def test_in_a_block_over_time_it_stays_on_one_side_of_the_folding():
+    block, x, context = stirred(TemporalTransformerBlock(8, 2, 4, 6)), torch.randn(6, 3, 8), torch.randn(2, 2, 6)
+    on = "role:temporal_transformer_block"
+    plain = block(x, context, None, 3)
+    for place in PLACES:
+        adapter = Adapter(place, width=3, on=on).attach(block)
+        assert torch.equal(block(x, context, None, 3), plain)
+        stirred(adapter)
+        assert (block(x, context, None, 3) - plain).abs().max() > 1e-3
+        adapter.detach()
+    for place in ("attn1i-attn2i", "parallel-ffn", "attn1o-transo", "cross-attn1"):  # as many frames as pixels here
+        with pytest.raises(ValueError, match="lies on both sides. There are sequential-attn1"):
+            Adapter(place, on=on).attach(block)
 
 
 def test_a_block_without_the_layer_is_refused():

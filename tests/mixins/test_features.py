@@ -15,7 +15,7 @@ from vdiff.mixins.comparison import compare, linear_cka, samples
 from vdiff.mixins.controlnet import skip_widths
 from vdiff.mixins.freeu import filtered
 from vdiff.mixins.token_merging import Merge
-from vdiff.networks import DiT, UNet
+from vdiff.networks import DiT, FrameAttention, ImageCrossAttention, UNet
 from vdiff.networks.modulated import TokenAttention
 from vdiff.networks.transformer import CrossAttention
 from vdiff.process import Conditioning
@@ -84,6 +84,20 @@ def test_attention_maps_are_those_that_the_output_is_made_with(rotary):
     torch.testing.assert_close(attention.to_out(torch.einsum("bhqk,bkhd->bqhd", maps, v).flatten(2)), out)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_maps_of_frames_folded_into_rows_and_of_attention_back_in_time(is_causal):
+    """Three rows of each video look at one context, some of which does not count."""
+    attention = FrameAttention(8, 2, 4, is_causal=True) if is_causal else CrossAttention(8, 2, 4, 6)
+    x, context, keep = torch.randn(6, 5, 8), torch.randn(2, 4, 6), torch.tensor([[True] * 4, [True] * 2 + [False] * 2])
+    context, keep = (None, None) if is_causal else (context, keep)
+    host = nn.ModuleList([attention])
+    record = Record("attention", on="0").attach(host)
+    out = attention(x, context, keep)
+    (maps,) = record.last().values()
+    v = attention.to_v(x if is_causal else context.repeat_interleave(3, 0)).unflatten(-1, (2, -1))
+    torch.testing.assert_close(attention.to_out(torch.einsum("bhqk,bkhd->bqhd", maps, v).flatten(2)), out)
+
+
 def test_recomputation_is_not_recorded_and_copies_begin_empty():
     host, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()), torch.randn(2, 3)
     record = Record(on="0", keep="all").attach(host)
@@ -95,6 +109,9 @@ def test_recomputation_is_not_recorded_and_copies_begin_empty():
 def test_what_cannot_be_recorded_is_refused():
     with pytest.raises(ValueError, match="no to_q and to_k"):
         Record("attention", on="type:Linear").attach(unet())
+    for heads in (ImageCrossAttention(8, 2, 4, 6, 2), FrameAttention(8, 2, 4, max_distance=2)):
+        with pytest.raises(ValueError, match=f"{type(heads).__name__}.* attends to .*, which is no one map"):
+            Record("attention", on="0").attach(nn.Sequential(heads))
     with pytest.raises(ValueError, match="what is output, input or attention"):
         Record("maps")
 
@@ -199,6 +216,25 @@ def test_a_grid_that_is_no_square_and_odd_sizes():
     TokenMerging().attach(host)
     with pytest.raises(ValueError, match=r"15 tokens are no pictures of 3 by 3. Say how they lie"):
         host(x)
+
+
+def test_tokens_are_merged_within_their_frame_and_text_stays():
+    """Frames behind each other in a row are merged as if each was a row."""
+
+    class Same(nn.Module):  # what attention says of a token is the token
+        role, to_q = "self_attention", None
+
+        def forward(self, x):
+            sizes.append(tuple(x.shape))
+            return x
+
+    sizes, host, x = [], nn.Sequential(Same()), torch.randn(2, 5 + 3 * 8, 6)
+    TokenMerging(0.5, grid=(2, 4), text=5).attach(host)
+    said = host(x)
+    frames = x[:, 5:].reshape(6, 8, 6)
+    merge = Merge.of(frames, 4, 2, 4)
+    assert sizes == [(2, 5 + 3 * 4, 6)] and torch.equal(said[:, :5], x[:, :5])
+    assert torch.equal(said[:, 5:], merge.undone(merge(frames)).reshape(2, 24, 6))
 
 
 def test_what_cannot_be_merged_is_refused():

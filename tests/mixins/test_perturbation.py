@@ -11,6 +11,8 @@ from vdiff.hooks import routed
 from vdiff.mixins import PAG, SEG, LoRA, Mixin, SkipLayer
 from vdiff.mixins.perturbation import _blur
 from vdiff.networks import UNet
+from vdiff.networks.modulated import TokenAttention
+from vdiff.networks.positions import coordinates, rotate, rotations
 from vdiff.networks.transformer import AttentionBlock, BasicTransformerBlock, CrossAttention
 from vdiff.process import Conditioning, CosineSchedule
 from vdiff.samplers import CFGGuider, DDIMSampler, PerturbedGuider
@@ -66,6 +68,44 @@ def test_pag_does_the_same_to_attention_over_pixels():
     qkv = host[0].qkv(host[0].norm(x).flatten(2)).unflatten(1, (2, 3, -1))
     value = host[0].proj_out(qkv[:, :, 2].flatten(1, 2)).unflatten(2, (3, 4))
     torch.testing.assert_close(gated(host, x, pag, [1.0, 1.0]), value)
+
+
+@pytest.mark.parametrize("keep", [None, [[True] * 10, [True] + [False] + [True] * 8]])
+def test_pag_leaves_text_in_front_as_it_is(keep):
+    """Rotary attention written out: text looks at all that counts, the others at text and themselves."""
+    layer, x = TokenAttention(8, 2, qk_norm=True), torch.randn(2, 10, 8)
+    host, turns = Host(layer), rotations(coordinates((2, 5)), 4)
+    mask = None if keep is None else torch.tensor(keep)
+    pag = PAG(text=3).attach(host)
+    q, k = (layer.norm_q(part(x).unflatten(-1, (2, 4))) for part in (layer.to_q, layer.to_k))
+    logits = torch.einsum("bqhd,bkhd->bhqk", rotate(q, turns), rotate(k, turns)) / 2
+    sees = torch.eye(10, dtype=torch.bool).expand(2, 10, 10).clone()
+    sees[:, :3] = sees[:, :, :3] = True
+    sees = sees if mask is None else sees & mask[:, None]
+    maps = logits.masked_fill(~sees[:, None], -torch.inf).softmax(-1)
+    want = layer.to_out(torch.einsum("bhqk,bkhd->bqhd", maps, layer.to_v(x).unflatten(-1, (2, 4))).flatten(2))
+    with torch.no_grad(), routed(host, Conditioning(gates={"pag": torch.ones(2)})):
+        torch.testing.assert_close(host(x, mask, turns), want)
+    assert pag.arguments()["text"] == 3
+
+
+class Host(nn.Module):
+    """A block of tokens, text in front."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, mask, turns):
+        return self.layer(x, mask=mask, rotations=turns)
+
+
+def test_seg_blurs_every_frame_behind_the_text():
+    host, x = attention(), torch.randn(2, 3 + 8, 8)
+    seg = SEG(grid=(2, 2), text=3).attach(host)
+    mean = x[:, 3:].unflatten(1, (2, 4)).mean(2, keepdim=True).expand(-1, -1, 4, -1).flatten(1, 2)
+    want = host[0](torch.cat([x[:, :3], mean], dim=1), x)
+    torch.testing.assert_close(gated(host, x, seg, [1.0, 1.0]), want)
 
 
 @pytest.mark.parametrize("grid, blur", [(None, 1.0), ((3, 6), 1.4), ((3, 3), float("inf")), ((3, 6), 9.0)])
