@@ -73,10 +73,9 @@ class CLIPTextEmbedder(TextEmbedder, name="clip_text"):
         transformers = _transformers("CLIPTextEmbedder")
         self.norm, self.end_id, self.pad_id = norm, 49407, 49407
         config = transformers.CLIPTextConfig(**_numbers(arch, CLIP_ARCHS, "CLIPTextEmbedder"))
-        self.transformer = transformers.CLIPTextModel(config)
-        # Versions of transformers differ in whether names begin with it.
-        inner = "text_model." if any(n.startswith("text_model.") for n in self.transformer.state_dict()) else ""
-        prefixes = {f"{b}text_model.": inner for b in ("", *_BEGINNINGS)} | {"": inner}
+        model = transformers.CLIPTextModel(config)
+        self.transformer = getattr(model, "text_model", model)  # versions of transformers differ
+        prefixes = {f"{b}text_model.": "" for b in ("", *_BEGINNINGS)} | {"": ""}
         self.load_tower(weights, prefixes, ["*embeddings.position_ids", "*text_projection*"], f"the text tower {arch}")
 
     @property
@@ -102,7 +101,7 @@ class CLIPTextEmbedder(TextEmbedder, name="clip_text"):
             tokens = out.last_hidden_state
             if wants_hidden:
                 tokens = out.hidden_states[-2 if self.layer == "penultimate" else -1]
-                tokens = self._final_norm(tokens) if self.norm else tokens
+                tokens = self.transformer.final_layer_norm(tokens) if self.norm else tokens
             encoded["tokens"] = tokens
         if self.layer == "pooled" or self.pooled_feeds is not None:
             encoded["pooled"] = out.last_hidden_state[torch.arange(len(ids), device=ids.device), self._ends(ids)]
@@ -110,10 +109,6 @@ class CLIPTextEmbedder(TextEmbedder, name="clip_text"):
 
     def _ends(self, ids: Tensor) -> Tensor:
         return (ids == self.end_id).int().argmax(1)
-
-    def _final_norm(self, tokens: Tensor) -> Tensor:
-        inner = getattr(self.transformer, "text_model", self.transformer)
-        return inner.final_layer_norm(tokens)
 
 
 class T5TextEmbedder(TextEmbedder, name="t5_text"):

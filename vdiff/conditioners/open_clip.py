@@ -91,6 +91,16 @@ class OpenCLIPTextEmbedder(TextEmbedder, name="open_clip_text"):
     def identity(self) -> str:
         return f"{super().identity()} norm {self.norm}"
 
+    def idle_weights(self) -> list[str]:
+        """Globs over weights that nothing reads."""
+        idle = ["model.logit_scale"]
+        if self.layer != "pooled" and self.pooled_feeds is None:
+            idle += ["model.text_projection"]
+            idle += [] if self.norm else ["model.ln_final.*"]
+            last = len(self.model.transformer.resblocks) - 1
+            idle += [f"model.transformer.resblocks.{last}.*"] if self.layer == "penultimate" else []
+        return idle
+
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         return open_clip_tokens(prompts, self.length)
 

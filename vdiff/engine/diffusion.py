@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdiff.conditioners import Conditioner, EmbedderConditioner
+from vdiff.conditioners import Conditioner, Embedder, EmbedderConditioner
 from vdiff.denoisers import Denoiser, NetworkDenoiser
 from vdiff.engine.base import Batch, Engine
 from vdiff.first_stages import FirstStage, IdentityFirstStage
@@ -63,6 +63,9 @@ class DiffusionEngine(Engine, name="diffusion"):
         self.first_stage = first_stage if first_stage is not None else IdentityFirstStage()
         self.first_stage.requires_grad_(False)
         self.conditioner = conditioner if conditioner is not None else EmbedderConditioner()
+        for module in self.conditioner.modules():
+            if isinstance(module, Embedder):
+                module.share(self.first_stage)
         self.denoiser = denoiser
         self.schedule, self.sigma_sampler, self.loss = schedule, sigma_sampler, loss
         self.sampler, self.guider = sampler, guider if guider is not None else NoneGuider()
