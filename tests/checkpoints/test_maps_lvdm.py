@@ -51,7 +51,7 @@ def test_dynamicrafter_spells_one_word_otherwise():
 def test_an_image_network_fits_into_the_video_network_that_is_made_of_it(factors):
     config = SMALL | dict(attention_factors=factors)
     weights = UNet(**config, linear_projection=True).state_dict()
-    there = there_and_back(image_unet(1, tuple(f in factors for f in (1, 2))), weights)
+    there = there_and_back(image_unet(), weights)
     video = LVDMUNet(**config).state_dict()
     assert all(video[name].shape == value.shape for name, value in there.items())
     new = [name for name in video if name not in there]

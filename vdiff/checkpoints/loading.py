@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from vdiff.checkpoints.inflation import globs, new_names
+from vdiff.checkpoints.inflation import inflate as inflated
 from vdiff.hooks import is_port_key
 
 MAX_GROUPS = 8
@@ -28,6 +30,9 @@ class LoadReport:
         ignored: Names, of the module or the file, that ``ignore`` left alone.
         outside: Names in the file that no entry of ``prefix`` takes.
         attachments: Names of attached mixins that the file does not have; they keep their values.
+        new: Names of layers that an image network does not have, which keep their values.
+        num_new: Their numbers in all.
+        reshaped: Names of weights of images that were brought to another shape, and how.
         missing: Names in the module that the file lacks; empty if strict.
         unexpected: Names in the file that the module lacks; empty if strict.
         cast: How many were converted to another floating type.
@@ -38,6 +43,9 @@ class LoadReport:
     ignored: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     attachments: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    num_new: int = 0
+    reshaped: Mapping[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     cast: int = 0
@@ -46,6 +54,16 @@ class LoadReport:
         parts = [f"{len(self.loaded)} tensors loaded"]
         if self.cast:
             parts.append(f"{self.cast} of them converted to the module's type")
+        if self.new:
+            found = globs(self.new, {*self.loaded, *self.ignored, *self.attachments, *self.missing})
+            words = ", ".join(f"{word} ({count})" for word, count in found.items())
+            parts.append(f"new: {len(self.new)} tensors, {self.num_new:,} parameters: {words}")
+        if self.reshaped:
+            how = [
+                f"{change}: {summary(n for n, c in self.reshaped.items() if c == change)}"
+                for change in dict.fromkeys(self.reshaped.values())
+            ]
+            parts.append(f"{len(self.reshaped)} brought to another shape ({'; '.join(how)})")
         for names, text in (
             (self.attachments, "of attached mixins not in the file and kept as they are"),
             (self.ignored, "ignored"),
@@ -65,6 +83,7 @@ def load_into(
     strict: bool = True,
     ignore: Sequence[str] = (),
     prefix: Mapping[str, str] | None = None,
+    inflate: bool = False,
     where: str = "",
 ) -> LoadReport:
     """Copy tensors into a module's parameters and buffers, or change nothing and say why.
@@ -76,12 +95,18 @@ def load_into(
         prefix: How names in the file begin, and with what to replace it:
             ``{"model.diffusion_model.": ""}``. The longest that fits is used. Names that none
             fits are left out and counted; ``{"": ""}`` among them keeps those.
+        inflate: Whether these are weights of images for a network of videos, see
+            :mod:`vdiff.checkpoints.inflation`: what images have no use for is not missed, and shapes that have an
+            exact counterpart fit. All else is as strict as before.
         where: Name of the target in messages.
 
     Raises:
         MismatchError: a readable difference, grouped by common prefix.
     """
     renamed, outside = _rename(tensors, prefix, where)
+    reshaped: dict[str, str] = {}
+    if inflate:
+        renamed, reshaped = inflated(module, renamed)
     own = {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
 
     def is_ignored(name: str) -> bool:
@@ -91,6 +116,8 @@ def load_into(
     absent = [name for name in own if name not in renamed and not is_ignored(name)]
     attachments = [name for name in absent if is_port_key(name)]
     missing = [name for name in absent if not is_port_key(name)]
+    new = new_names(module, missing, renamed) if inflate else []
+    missing = [name for name in missing if name not in set(new)]
     unexpected = [name for name in renamed if name not in own and not is_ignored(name)]
     odd = {
         "of another shape or type": [f"{name}: {_spell(renamed[name])} in the file, {_spell(own[name])} in the module"
@@ -100,7 +127,7 @@ def load_into(
     if strict:
         odd = {"missing in the file": missing, "unexpected in the file": unexpected, **odd}
     if any(odd.values()):
-        raise MismatchError(_difference(where, odd, _hint(missing, unexpected, prefix)))
+        raise MismatchError(_difference(where, odd, _hint(module, missing, unexpected, prefix, inflate)))
     is_meta = any(own[name].is_meta for name in both)
     module.load_state_dict({name: renamed[name] for name in both}, strict=False, assign=is_meta)
     return LoadReport(
@@ -109,6 +136,9 @@ def load_into(
         tuple(sorted({name for name in (*own, *renamed) if is_ignored(name)})),
         tuple(outside),
         tuple(attachments),
+        tuple(new),
+        sum(own[name].numel() for name in new),
+        {name: how for name, how in reshaped.items() if name in both},
         () if strict else tuple(missing),
         () if strict else tuple(unexpected),
         sum(renamed[name].dtype != own[name].dtype for name in both),
@@ -179,7 +209,9 @@ def _difference(where: str, odd: Mapping[str, list[str]], hint: str) -> str:
     return "\n".join([*lines, f"  {hint}"])
 
 
-def _hint(missing: list[str], unexpected: list[str], prefix: Mapping[str, str] | None) -> str:
+def _hint(
+    module: nn.Module, missing: list[str], unexpected: list[str], prefix: Mapping[str, str] | None, inflate: bool
+) -> str:
     """What to do; where names differ by their beginning, by which."""
     votes: Counter[str] = Counter()
     if not prefix:
@@ -193,4 +225,6 @@ def _hint(missing: list[str], unexpected: list[str], prefix: Mapping[str, str] |
     if votes:
         best, count = votes.most_common(1)[0]
         return f"{count} names would fit with prefix={{{best!r}: ''}}."
+    if not inflate and new_names(module, missing, ()):
+        return "Weights of an image network for one of videos? Then inflate=True keeps what is new as it was built."
     return "Name what may differ with ignore=[...] (globs), or pass strict=False to load what is on both sides."

@@ -12,7 +12,7 @@ from vdiff.networks import sinusoidal
 
 
 class ClassLabelEmbedder(Embedder):
-    """A learned vector per class.
+    """A learned vector per class; for ``cross_attention`` one token.
 
     Args:
         num_classes: Labels are 0 ... ``num_classes`` - 1.
@@ -49,7 +49,8 @@ class ClassLabelEmbedder(Embedder):
             raise ValueError(
                 f"ClassLabelEmbedder: {self.reads} holds {labels.tolist()}, classes are 0 to {self.num_classes - 1}."
             )
-        return self.table(labels.to(self.table.weight.device).long())
+        said = self.table(labels.to(self.table.weight.device).long())
+        return said[:, None] if self.feeds == "cross_attention" else said
 
     def null(self, like: Tensor) -> Tensor:
         if self.null_kind == "zero":

@@ -22,7 +22,8 @@ class TemporalDecoderAutoencoder(AutoencoderKL, name="temporal_decoder"):
     Args:
         chunk: Frames that are decoded together; None all.
         quant_conv: Whether a 1 x 1 convolution stands behind the encoder. Generative-models' first stage has none;
-            diffusers takes that of the image autoencoder. None stands before the decoder.
+            diffusers takes that of the image autoencoder.
+        post_quant_conv: Whether one stands before the decoder, as in the image autoencoder; in no published one.
         scale, and all other arguments: See :class:`vdiff.first_stages.convolutional.ConvolutionalAutoencoder`;
             ``max_rows`` are pictures or frames that are encoded together.
     """
@@ -41,6 +42,7 @@ class TemporalDecoderAutoencoder(AutoencoderKL, name="temporal_decoder"):
         dropout: float = 0.0,
         norm_groups: int = 32,
         quant_conv: bool = False,
+        post_quant_conv: bool = False,
         scale: float = 0.18215,
         shift: float = 0.0,
         pixel_range: tuple[float, float] = (-1.0, 1.0),
@@ -56,7 +58,7 @@ class TemporalDecoderAutoencoder(AutoencoderKL, name="temporal_decoder"):
             mid_attention, dropout, norm_groups, quant_conv, scale, shift, pixel_range, max_rows, tile, tile_overlap,
             checkpointing, backend,
         )  # fmt: skip
-        self.post_quant_conv = nn.Identity()
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if post_quant_conv else nn.Identity()
         if chunk is not None and chunk < 1:
             raise ValueError(f"TemporalDecoderAutoencoder: chunk must be at least 1, got {chunk}.")
         self.chunk = chunk
@@ -78,5 +80,5 @@ class TemporalDecoderAutoencoder(AutoencoderKL, name="temporal_decoder"):
 
     def _clip(self, z: Tensor) -> Tensor:
         num_rows, _, num_frames, *_ = z.shape
-        frames = self.decoder(z.transpose(1, 2).flatten(0, 1), num_frames)
+        frames = self.decoder(self.post_quant_conv(z.transpose(1, 2).flatten(0, 1)), num_frames)
         return frames.unflatten(0, (num_rows, num_frames)).transpose(1, 2)

@@ -2,7 +2,9 @@
 
 A network is an ordinary module for one device. It takes the noise number as given and knows nothing of
 schedules, configs or ranks. Modules inside it may carry an attribute ``role``, such as
-``"self_attention"`` or ``"res_block"``, by which a mixin finds them whatever their names are.
+``"self_attention"`` or ``"res_block"``, by which a mixin finds them whatever their names are. A module of a
+network of videos that keeps the names of an image layer may say in ``beyond_images`` which of its children and
+parameters that layer has not: weights of images fill the rest.
 """
 
 from __future__ import annotations
@@ -28,10 +30,13 @@ class Network(Registered, nn.Module, kind="network"):
         accepts: Names of the conditions that this network takes. A class names all that it can be
             built for, an instance those it was built for.
         built_by: For those, the arguments that build a network which takes them; for error messages.
+        entrance: Name of the layer that reads x and, behind it, ``concat``; the columns of its weight are in the
+            order of their channels.
     """
 
     accepts: tuple[str, ...] = ()
     built_by: ClassVar[Mapping[str, str]] = {}
+    entrance: ClassVar[str | None] = None
 
     @abstractmethod
     def forward(self, x: Tensor, c_noise: Tensor, cond: Conditioning | None = None) -> Tensor:

@@ -66,6 +66,7 @@ class DiT(Network, name="dit"):
     """
 
     accepts = ("cross_attention", "vector", "label", "concat")
+    entrance = "patch_embed"
     built_by = {"cross_attention": "context_dim", "vector": "vector_dim", "label": "num_classes"}
 
     def __init__(

@@ -70,6 +70,8 @@ class ConvolvedResBlock(ResBlock):
         kernels, temporal_dropout: See :class:`TemporalConvolution`.
     """
 
+    beyond_images = ("temopral_conv",)
+
     def __init__(
         self,
         channels: int,
@@ -222,6 +224,8 @@ class ImageCrossAttention(CrossAttention):
         num_image_tokens: How many of the context's last tokens are the picture's.
         learned_scale: Whether :math:`s = 1 + \tanh a` with a learned a that begins at 0; else s is 1.
     """
+
+    beyond_images = ("to_k_ip", "to_v_ip", "alpha")
 
     def __init__(
         self,

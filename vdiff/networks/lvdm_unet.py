@@ -46,6 +46,7 @@ class LVDMStage(nn.Sequential):
     def __init__(self, *layers: nn.Module, checkpointing: bool = False) -> None:
         super().__init__(*layers)
         self.checkpointing = checkpointing
+        self.beyond_images = tuple(name for name, layer in self.named_children() if isinstance(layer, FrameTransformer))
 
     def forward(self, x: Tensor, emb: Tensor, num_frames: int, context: Tensor, mask: Tensor | None) -> Tensor:
         for layer in self:
@@ -113,6 +114,8 @@ class LVDMUNet(Network, name="lvdm_unet"):
 
     role = "unet"
     accepts = ("cross_attention", "image_tokens", "fps", "guidance", "concat")
+    entrance = "input_blocks.0.0"
+    beyond_images = ("fps_embedding", "time_cond_proj", "init_attn")
     built_by = {
         "cross_attention": "context_dim",
         "image_tokens": "image_tokens",

@@ -124,6 +124,8 @@ class VideoResBlock(ResBlock):
         merge_factor, merge_strategy: See :class:`AlphaBlender`.
     """
 
+    beyond_images = ("time_stack", "time_mixer")
+
     def __init__(
         self,
         channels: int,
@@ -181,6 +183,14 @@ class TemporalTransformerBlock(nn.Module):
             self.norm2 = nn.LayerNorm(dim)
         self.norm1, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim)
 
+    def begin_as_identity(self) -> None:
+        """Set to zero the last layer of everything that is added to the input."""
+        lasts = [self.attn1.to_out[0], self.ff.net[-1]]
+        lasts += [self.ff_in.net[-1]] if self.extra_ff else []
+        lasts += [self.attn2.to_out[0]] if self.cross_attention else []
+        for layer in lasts:
+            zeroed(layer)
+
     def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None, num_frames: int) -> Tensor:
         """Rows ``(b f)``, ``(B, N, dim)``, with a context for each video, ``(b, n, context_dim)``."""
         num_tokens = x.shape[1]
@@ -197,6 +207,8 @@ class TemporalTransformerBlock(nn.Module):
 class VideoTransformer(SpatialTransformer):
     """Transformer blocks over the pixels of a frame, each followed by one over the frames of a pixel, blended.
 
+    What looks along time begins as the identity, whatever its share: frames are then so many images.
+
     Args:
         channels, num_heads, head_dim, depth, context_dim, dropout: See :class:`SpatialTransformer`.
         linear_projection, norm_groups, checkpointing, backend: See :class:`SpatialTransformer`.
@@ -205,6 +217,8 @@ class VideoTransformer(SpatialTransformer):
         merge_factor, merge_strategy: See :class:`AlphaBlender`.
         max_time_period: Of the sinusoids that number the frames.
     """
+
+    beyond_images = ("time_stack", "time_pos_embed", "time_mixer")
 
     def __init__(
         self,
@@ -239,6 +253,9 @@ class VideoTransformer(SpatialTransformer):
         )
         self.time_pos_embed = mlp(channels, 4 * channels, inner)
         self.time_mixer = AlphaBlender(merge_factor, merge_strategy)
+        for block in self.time_stack:
+            block.begin_as_identity()
+        zeroed(self.time_pos_embed[-1])
 
     def forward(self, x: Tensor, clip: Clip) -> Tensor:
         """Rows ``(b f)``, ``(B, C, H, W)``."""

@@ -23,6 +23,8 @@ class TemporalAutoencoderResBlock(AutoencoderResBlock):
     Alpha is the sigmoid of ``mix_factor`` and weighs time here, where :class:`AlphaBlender`'s weighs images.
     """
 
+    beyond_images = ("time_stack", "mix_factor")
+
     def __init__(
         self, channels: int, out_channels: int | None = None, dropout: float = 0.0, norm_groups: int = 32
     ) -> None:
@@ -37,11 +39,15 @@ class TemporalAutoencoderResBlock(AutoencoderResBlock):
 
 
 class TimeMixedConv(nn.Conv2d):
-    """A convolution of images, then one over three frames."""
+    """A convolution of images, then one over three frames, which begins as the identity."""
+
+    beyond_images = ("time_mix_conv",)
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__(channels, out_channels, 3, padding=1)
         self.time_mix_conv = nn.Conv3d(out_channels, out_channels, (3, 1, 1), padding=(1, 0, 0))
+        nn.init.dirac_(self.time_mix_conv.weight)
+        nn.init.zeros_(self.time_mix_conv.bias)
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         x = super().forward(x).unflatten(0, (-1, num_frames)).transpose(1, 2)

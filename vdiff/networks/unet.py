@@ -103,6 +103,7 @@ class UNet(Network, name="unet"):
 
     role = "unet"
     accepts = ("cross_attention", "vector", "label", "concat")
+    entrance = "input_blocks.0.0"
     built_by = {
         "cross_attention": "context_dim",
         "vector": "num_classes='sequential' and vector_dim",

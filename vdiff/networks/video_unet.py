@@ -106,6 +106,8 @@ class VideoUNet(Network, name="video_unet"):
 
     role = "unet"
     accepts = ("cross_attention", "vector", "label", "concat", "views", "image_only")
+    entrance = "input_blocks.0.0"
+    beyond_images = ("label_emb",)  # if the image network was told nothing
     built_by = {
         "cross_attention": "context_dim",
         "vector": "num_classes='sequential' and vector_dim",
@@ -174,6 +176,8 @@ class VideoUNet(Network, name="video_unet"):
         middle_depth = depths[-1] if transformer_depth_middle is None else transformer_depth_middle
         self.time_embed = mlp(channels, embedding_dim)
         self.label_emb = label_embedding("VideoUNet", num_classes, vector_dim, embedding_dim)
+        if self.label_emb is not None:
+            zeroed(self.label_emb if vector_dim is None else self.label_emb[0][-1])  # it begins by saying nothing
         built_for = {"cross_attention": True, "vector": vector_dim, "concat": True, "views": motion_context_dim}
         built_for["label"] = num_classes is not None and num_classes != "sequential"
         built_for["image_only"] = merge_strategy == "learned_with_images"

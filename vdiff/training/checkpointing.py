@@ -6,7 +6,8 @@ optimizer's memory, the average, the loss scale and the step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vdiff.checkpoints import load_into, newest_valid, prune, read, step_folder, tidy, write
+from vdiff.checkpoints.store import STATE
 from vdiff.hooks import attached
 from vdiff.training.ema import EMA
 from vdiff.training.groups import Selection
@@ -48,7 +50,6 @@ class RunState:
         best: ``{"metric", "value", "step"}`` of the best validation so far, or None.
         validated: Step of the last validation.
         saved_step: Of the newest checkpoint written or read.
-        passed_over: Damaged checkpoints that were newer, with the reason.
     """
 
     engine: nn.Module
@@ -62,7 +63,6 @@ class RunState:
     best: dict[str, Any] | None = None
     validated: int = 0
     saved_step: int | None = None
-    passed_over: list[tuple[Path, str]] = field(default_factory=list)
 
     def save(self, root: Path, settings: Checkpointing) -> Path:
         """Write the checkpoint of the present step and let go of old ones."""
@@ -82,6 +82,7 @@ class RunState:
             "scaler": self.scaler.state_dict(),
             "lr_schedule": self.lr_scheduler.state_dict(),
             "lr": [group["lr"] for group in self.optimizer.param_groups],
+            "new": None if self.selection.new is None else list(self.selection.new),
             "torch": str(torch.__version__),
         }
         folder = write(step_folder(root, self.step), files, state)
@@ -92,17 +93,12 @@ class RunState:
             self._save_adapters(root.parent / "adapters")
         return folder
 
-    def restore(self, root: Path) -> bool:
-        """Continue from the newest valid checkpoint, if there is one; damaged ones are passed over and named.
+    def restore(self, folder: Path) -> None:
+        """Continue from a checkpoint.
 
         Raises:
             ValueError: it is of another engine, optimizer or seed.
         """
-        root.mkdir(parents=True, exist_ok=True)
-        tidy(root)
-        folder, self.passed_over = newest_valid(root)
-        if folder is None:
-            return False
         files, state = read(folder)
         if state["seed"] != self.seed:
             raise ValueError(
@@ -127,10 +123,21 @@ class RunState:
         self.lr_scheduler.load_state_dict(state["lr_schedule"])
         for group, lr in zip(self.optimizer.param_groups, state["lr"], strict=True):
             group["lr"] = lr
-        return True
 
     def _save_adapters(self, folder: Path) -> None:
         for name, mixin in attached(self.engine).items():
             if mixin.state_dict():
                 folder.mkdir(parents=True, exist_ok=True)
                 mixin.save(folder / f"{name}.safetensors")
+
+
+def latest(root: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest valid checkpoint, if there is one, and the damaged ones passed over; what killed writers left goes."""
+    root.mkdir(parents=True, exist_ok=True)
+    tidy(root)
+    return newest_valid(root)
+
+
+def recorded_new(folder: Path) -> list[str] | None:
+    """What ``train: [{on: new}]`` meant in the run that wrote a checkpoint."""
+    return json.loads((folder / STATE).read_text(encoding="utf-8")).get("new")

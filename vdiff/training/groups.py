@@ -6,7 +6,7 @@ frozen parameters only are in eval mode, so that their statistics stand still to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -18,13 +18,16 @@ from vdiff.hooks import match as match_modules
 from vdiff.registry import did_you_mean
 from vdiff.training.optimizers import Optimizer, ParamGroup
 
+NEW = "new"
+
 
 class TrainGroup:
     """One entry of ``train:``.
 
     Args:
         on: A slot (``denoiser``), a glob over module or parameter names (``*.attn*``), a role
-            (``role:self_attention``), a mixin (``mixins.lora``), or a list of these.
+            (``role:self_attention``), a mixin (``mixins.lora``), ``new`` for what no entry of ``init:`` fills and no
+            module freezes by itself, or a list of these.
         lr, weight_decay: Of these parameters; by default the optimizer's.
         decay_vectors: Whether weight decay also pulls on scales and biases (parameters with one
             dimension or none).
@@ -62,6 +65,7 @@ class Selection:
         groups: For the optimizer.
         trained: Parameters by name.
         rows: By entry of ``train:``, for the report.
+        new: What the word ``new`` meant, where it was used: a run that goes on asks no file again.
         modes: Every module of the engine, parents first, and whether it is in training mode.
     """
 
@@ -69,6 +73,7 @@ class Selection:
     trained: dict[str, nn.Parameter]
     rows: list[GroupRow]
     modes: list[tuple[nn.Module, bool]]
+    new: tuple[str, ...] | None = None
 
     @property
     def names(self) -> dict[Tensor, str]:
@@ -81,11 +86,17 @@ class Selection:
                 module.train(is_training)
 
 
-def select(engine: nn.Module, entries: Sequence[TrainGroup] | None, optimizer: Optimizer) -> Selection:
+def select(
+    engine: nn.Module,
+    entries: Sequence[TrainGroup] | None,
+    optimizer: Optimizer,
+    new: Collection[str] | None = None,
+) -> Selection:
     """Choose what is trained and freeze the rest.
 
     Args:
         entries: None trains every parameter that asks for a gradient.
+        new: Names that ``new`` means, see :class:`vdiff.training.init.Initialised`.
 
     Raises:
         ValueError: an entry matches nothing, or nothing is trained.
@@ -95,7 +106,7 @@ def select(engine: nn.Module, entries: Sequence[TrainGroup] | None, optimizer: O
         entries = [TrainGroup("*")]
         matched = [{name for name, param in params.items() if param.requires_grad}]
     else:
-        matched = [set().union(*(match(engine, pattern) for pattern in entry.on)) for entry in entries]
+        matched = [set().union(*(match(engine, pattern, new) for pattern in entry.on)) for entry in entries]
     groups: list[ParamGroup] = []
     rows: list[GroupRow] = []
     trained: dict[str, nn.Parameter] = {}
@@ -113,17 +124,23 @@ def select(engine: nn.Module, entries: Sequence[TrainGroup] | None, optimizer: O
         )
     for name, param in params.items():
         param.requires_grad_(name in trained)
-    return Selection(groups, {n: p for n, p in params.items() if n in trained}, rows, list(_modes(engine)))
+    used = tuple(new) if new is not None and any(NEW in entry.on for entry in entries) else None
+    return Selection(groups, {n: p for n, p in params.items() if n in trained}, rows, list(_modes(engine)), used)
 
 
-def match(engine: nn.Module, pattern: str) -> set[str]:
+def match(engine: nn.Module, pattern: str, new: Collection[str] | None = None) -> set[str]:
     """Names of the parameters that one word of ``on:`` means.
 
     Raises:
         ValueError: none; it lists what there is.
     """
     names = [name for name, _ in engine.named_parameters()]
-    if pattern.startswith(("role:", "type:")):
+    if pattern == NEW:
+        if not new:
+            why = "this run has no `init:`, so that all is new" if new is None else "the entries of `init:` fill it all"
+            raise ValueError(f"train: 'new' means what no entry of `init:` fills, and {why}. Leave `train:` out.")
+        found = set(new).intersection(names)
+    elif pattern.startswith(("role:", "type:")):
         sites = match_modules(engine, pattern, who="train")
         found = {name for name in names if any(name.startswith(f"{site}.") for site in sites)}
     elif pattern == "mixins" or pattern.startswith("mixins."):

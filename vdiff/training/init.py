@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,8 @@ class WeightSource:
         prefix: How names in the file begin and what to put there: ``{"model.diffusion_model.": ""}``.
         ignore: Globs over names in the module that are left alone.
         strict: Whether every name must be on both sides.
+        inflate: Whether the file is of an image network and goes into a network of videos made of it: what images
+            have no use for stays as built, see :mod:`vdiff.checkpoints.inflation`.
         only_adapter: Name of a mixin: its own small file, read into that mixin alone.
         inside: Key in a torch file under which the weights lie.
         weights: Of a run or checkpoint folder, ``ema`` or ``raw``.
@@ -40,16 +43,17 @@ class WeightSource:
         inside: str | None = None,
         weights: Literal["ema", "raw"] = "ema",
         config: Path | None = None,
+        inflate: bool = False,
     ) -> None:
-        if only_adapter is not None and (into or prefix or inside):
-            raise ValueError("init: an adapter's file says where it belongs; leave out into, prefix and inside.")
+        if only_adapter is not None and (into or prefix or inside or inflate):
+            raise ValueError("init: an adapter's file says where it belongs; leave out into, prefix, inside, inflate.")
         self.file, self.into, self.prefix, self.ignore = Path(file), into, prefix, tuple(ignore or ())
-        self.strict, self.only_adapter, self.inside = strict, only_adapter, inside
+        self.strict, self.only_adapter, self.inside, self.inflate = strict, only_adapter, inside, inflate
         self.weights: Literal["ema", "raw"] = weights
         self.config = None if config is None else Path(config)
 
-    def load(self, engine: nn.Module) -> str:
-        """Load it; returns a line for the report.
+    def load(self, engine: nn.Module) -> Filled:
+        """Load it.
 
         Raises:
             ValueError: no such file, module or mixin, or the weights do not fit; nothing was changed then.
@@ -61,8 +65,12 @@ class WeightSource:
                 known = ", ".join(mixins) or "none"
                 raise ValueError(f"init: no mixin is called {self.only_adapter!r}.{hint} Attached: {known}.")
             mixins[self.only_adapter].load(self.file)
-            return f"{self.only_adapter} from {self.file.name}"
-        return f"{self.file.name}: {self._load_into(engine)}"
+            own = set(mixins[self.only_adapter].parameters())
+            names = tuple(name for name, param in engine.named_parameters() if param in own)
+            return Filled(f"{self.only_adapter} from {self.file.name}", names)
+        report = self._load_into(engine)
+        begin = f"{self.into}." if self.into else ""
+        return Filled(f"{self.file.name}: {report}", tuple(begin + name for name in report.loaded))
 
     def _load_into(self, engine: nn.Module) -> LoadReport:
         try:
@@ -77,9 +85,40 @@ class WeightSource:
         else:
             tensors = read_weights(self.file, self.inside)
         where = f"init: {self.file} into {self.into or 'the engine'}"
-        return load_into(target, tensors, strict=self.strict, ignore=self.ignore, prefix=self.prefix, where=where)
+        return load_into(
+            target, tensors, strict=self.strict, ignore=self.ignore, prefix=self.prefix, inflate=self.inflate,
+            where=where,
+        )  # fmt: skip
 
 
-def initialize(engine: nn.Module, sources: Sequence[WeightSource]) -> list[str]:
-    """Load every source in order; one line each for the report."""
-    return [source.load(engine) for source in sources]
+@dataclass(frozen=True)
+class Filled:
+    """What one entry of ``init:`` did: a line for the report, and the names in the engine that it filled."""
+
+    line: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Initialised:
+    """What all entries of ``init:`` did.
+
+    Attributes:
+        lines: For the report.
+        new: Names of the parameters that no entry filled and that their own module does not freeze, mixins' included;
+            None where there is no entry.
+    """
+
+    lines: tuple[str, ...]
+    new: tuple[str, ...] | None
+
+
+def initialize(engine: nn.Module, sources: Sequence[WeightSource]) -> Initialised:
+    """Load every source in order."""
+    if not sources:
+        return Initialised((), None)
+    done = [source.load(engine) for source in sources]
+    by_name = dict(engine.named_parameters(remove_duplicate=False))
+    filled = {by_name[name] for one in done for name in one.names if name in by_name}
+    new = (name for name, param in engine.named_parameters() if param.requires_grad and param not in filled)
+    return Initialised(tuple(one.line for one in done), tuple(new))

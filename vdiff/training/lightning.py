@@ -16,7 +16,7 @@ Lightning's. Attach mixins before :meth:`Trainer.fit`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from vdiff.registry import Config, load_config
 from vdiff.training.ema import EMA
 from vdiff.training.figures import Means
 from vdiff.training.groups import TrainGroup, select
-from vdiff.training.init import WeightSource, initialize
+from vdiff.training.init import initialize
 from vdiff.training.loop import ON_HOST, Trainer
 from vdiff.training.lr_schedules import ConstantLRSchedule, LRSchedule
 from vdiff.training.optimizers import AdamW, Optimizer
@@ -54,6 +54,7 @@ class EngineModule(LightningModule):
         train: What is trained, first match wins, the rest is frozen; by default all that asks for a gradient.
         ema: An average of what is trained; it travels in the checkpoint, and validation reports it too.
         seed: Of layers that draw for themselves (dropout); the seed of the data is the data module's.
+        new: What ``new`` means among what is trained, see :class:`vdiff.training.init.Initialised`.
     """
 
     def __init__(
@@ -64,12 +65,13 @@ class EngineModule(LightningModule):
         train: list[TrainGroup] | None = None,
         ema: EMA | None = None,
         seed: int = 0,
+        new: Collection[str] | None = None,
     ) -> None:
         super().__init__()
         self.engine, self.ema, self.seed = engine, ema, seed
         self.recipe = AdamW() if optimizer is None else optimizer
         self.lr_schedule = ConstantLRSchedule() if lr_schedule is None else lr_schedule
-        self.selection = select(engine, train, self.recipe)
+        self.selection = select(engine, train, self.recipe, new)
         if ema is not None:
             ema.start(self.selection.trained)
         self._means = Means()
@@ -251,8 +253,8 @@ def from_run_file(
         raise TypeError(f"from_run_file: training.type is {type(loop).__name__}; the file's is read as a 'loop'.")
     with forked(loop.seed, "init"):
         engine = plans["engine"].make()
-    module = EngineModule(engine, loop.optimizer, loop.lr_schedule, loop.train, loop.ema, loop.seed)
-    _fill(module, loop.init)
+    new = initialize(engine, loop.init).new
+    module = EngineModule(engine, loop.optimizer, loop.lr_schedule, loop.train, loop.ema, loop.seed, new)
     data = {name: plan.make() for name, plan in plans["data"].items()}
     batches = DataModule(
         data["train"],
@@ -270,9 +272,3 @@ def from_run_file(
 def _move(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch on the device; the keys of randomness stay on the host, where they are read."""
     return {k: upload(v, device) if isinstance(v, Tensor) and k not in ON_HOST else v for k, v in batch.items()}
-
-
-def _fill(module: EngineModule, sources: list[WeightSource]) -> None:
-    initialize(module.engine, sources)
-    if module.ema is not None:
-        module.ema.start(module.selection.trained)

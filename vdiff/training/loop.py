@@ -23,12 +23,12 @@ from vdiff.hooks import attached
 from vdiff.mixins import RefModel
 from vdiff.process import forked, upload
 from vdiff.training.base import FitResult, Training
-from vdiff.training.checkpointing import Checkpointing, RunState
+from vdiff.training.checkpointing import Checkpointing, RunState, latest, recorded_new
 from vdiff.training.ema import EMA
 from vdiff.training.figures import Means
 from vdiff.training.groups import TrainGroup, select
 from vdiff.training.guard import BadStep, FiniteGuard, NonFiniteError
-from vdiff.training.init import WeightSource, initialize
+from vdiff.training.init import Initialised, WeightSource, initialize
 from vdiff.training.loggers import Logging
 from vdiff.training.lr_schedules import ConstantLRSchedule, LRSchedule
 from vdiff.training.optimizers import AdamW, Optimizer
@@ -128,26 +128,26 @@ class Trainer(Training, name="loop"):
 
     def prepare(self, engine: nn.Module, run: Path) -> tuple[RunState, list[str]]:
         """Choose, place and restore; the notes say what was loaded from where."""
-        notes = []
-        selection = select(engine, self.train, self.optimizer)
         engine.to(self.device)
+        folder, passed_over = latest(run / "checkpoints")
+        copies = [m for m in attached(engine).values() if isinstance(m, RefModel) and m.source == "copy"]
+        begun = initialize(engine, self.init) if copies or folder is None else Initialised((), None)
+        for reference in copies:
+            reference.begin()  # the weights that the run starts from, also where it goes on from later ones
+        new = begun.new if folder is None else recorded_new(folder)
+        selection = select(engine, self.train, self.optimizer, new)
         optimizer = self.optimizer(selection.groups)
         scheduler = self.lr_schedule(optimizer, self.num_steps)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         state = RunState(engine, selection, optimizer, scheduler, scaler, self.ema, self.seed)
         if self.ema is not None:
             self.ema.start(selection.trained)
-        copies = [m for m in attached(engine).values() if isinstance(m, RefModel) and m.source == "copy"]
-        begun = initialize(engine, self.init) if copies else None
-        for reference in copies:
-            reference.begin()  # the weights that the run starts from, also where it goes on from later ones
-        if state.restore(run / "checkpoints"):
-            notes.append(f"Resumed after step {state.step} of {self.num_steps}.")
+        if folder is None:
+            notes = [f"Initialised: {line}" for line in begun.lines]
         else:
-            notes += [f"Initialised: {line}" for line in (initialize(engine, self.init) if begun is None else begun)]
-            if self.ema is not None:
-                self.ema.start(selection.trained)
-        notes += [f"Passed over a damaged checkpoint, {folder.name}: {why}" for folder, why in state.passed_over]
+            state.restore(folder)
+            notes = [f"Resumed after step {state.step} of {self.num_steps}."]
+        notes += [f"Passed over a damaged checkpoint, {bad.name}: {why}" for bad, why in passed_over]
         if self.compile:
             engine.compile()
         return state, notes

@@ -55,16 +55,14 @@ def unet_3d(num_res_blocks: int = 2, attends: Sequence[bool] = (True, True, True
     return table
 
 
-def image_unet(num_res_blocks: int = 2, attends: Sequence[bool] = (True, True, True, False)) -> KeyMap:
+def image_unet() -> KeyMap:
     """Names of an image UNet (Stable Diffusion 2.1) to those of the video UNet that is made of it.
 
     What stands behind an attention makes room for the transformer over time. What the table does not lead to is new;
     the way back is for the weights that came from there.
     """
-    levels = len(attends)
-    last = [(order + 1) * (num_res_blocks + 1) - 1 for order in range(levels)]
-    moved = [f"output_blocks.{last[order]}" for order in range(levels - 1) if attends[levels - 1 - order]]
-    return KeyMap([*((f"{place}.2.*", f"{place}.3.*") for place in ("middle_block", *moved)), ("*", "*")])
+    moved = ("middle_block", "output_blocks.{i}")
+    return KeyMap([*((f"{place}.2.*", f"{place}.3.*") for place in moved), ("*", "*")])
 
 
 def _res(here: str, there: str, block: int) -> KeyMap:
