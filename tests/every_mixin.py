@@ -127,6 +127,7 @@ CASES = {
     "token_merging": Case(TokenMerging, own=LIE),
 }
 PERTURBATIONS = ("pag", "seg", "skip_layer")  # which do nothing without a gate
+AT_DENOISER = ("by_level", "consistency", "ref_model", "teacher")
 WEIGHTS = ("dora", "loha", "lokr", "lora")
 PAIRS = [(name, host) for name, case in CASES.items() for host in case.hosts]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_mixin import CASES, NETWORKS, PAIRS, WEIGHTS, ask, given, hosting, made, stirred
+from every_mixin import AT_DENOISER, CASES, NETWORKS, PAIRS, WEIGHTS, ask, given, hosting, made, stirred
 from torch import nn
 
 from vdiff.hooks import PORT, attached
@@ -97,8 +97,8 @@ def test_it_is_nothing_at_scale_zero_and_switched_off(name, host, module):
     assert torch.equal(ask(module, host, name), full)
 
 
-# The denoiser's own are turned by the level; one changes shapes, two change nothing.
-GATED = [pair for pair in PAIRS if pair[0] not in ("by_level", "ref_model", "record", "token_merging")]
+# A denoiser hands gates to its network only; of the others one changes shapes, and one changes nothing.
+GATED = [pair for pair in PAIRS if pair[0] not in (*AT_DENOISER, "token_merging", "record")]
 
 
 @pytest.mark.parametrize("name, host", [pair for pair in GATED if pair[1] != "tower"])

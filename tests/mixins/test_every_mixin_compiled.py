@@ -4,14 +4,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from every_mixin import CASES, NETWORKS, given, hosting, made, stirred
+from every_mixin import AT_DENOISER, CASES, NETWORKS, given, hosting, made, stirred
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vdiff.hooks import attached, routed
 
 # Those of a denoiser or a tower; those that hand self-attention a context or fewer tokens; LoRA's relatives.
-APART = ("by_level", "ref_model", "teacher", "consistency", "textual_inversion", "seg", "token_merging")
-APART += ("dora", "loha", "lokr")
+APART = (*AT_DENOISER, "textual_inversion", "seg", "token_merging", "dora", "loha", "lokr")
 TOGETHER = {host: [n for n, case in CASES.items() if host in case.hosts and n not in APART] for host in NETWORKS}
 
 

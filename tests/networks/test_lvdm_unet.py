@@ -12,7 +12,6 @@ from vdiff.attention import use_backend
 from vdiff.checkpoints.maps.lvdm import image_unet, unet_3d
 from vdiff.conditioners import OpenCLIPTextEmbedder
 from vdiff.first_stages import AutoencoderKL
-from vdiff.mixins import LoRA
 from vdiff.networks import (
     FrameAttention,
     FrameTransformer,
@@ -368,20 +367,6 @@ def test_one_graph_under_compile():
     assert torch.equal(compiled(x, c_noise, cond), net(x, c_noise, cond))
     compiled(x + 1, c_noise + 1, cond)
     assert counter.frame_count == 1
-
-
-def test_a_mixin_goes_on_and_comes_off_bit_for_bit():
-    net = randomised(LVDMUNet(**IMAGE))
-    given, names = inputs(net), list(net.state_dict())
-    with torch.no_grad():
-        before = net(*given)
-        lora = LoRA(on="*.attn?.to_[qkv]*", rank=2).attach(net)
-        for name, p in lora.named_parameters():
-            p.copy_(draw(*p.shape, seed=len(name)))
-        assert not torch.equal(net(*given), before)
-        lora.detach()
-        assert torch.equal(net(*given), before)
-    assert list(net.state_dict()) == names
 
 
 def test_the_output_lies_in_memory_in_order():

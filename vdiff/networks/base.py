@@ -1,10 +1,18 @@
 """What every network promises.
 
 A network is an ordinary module for one device. It takes the noise number as given and knows nothing of
-schedules, configs or ranks. Modules inside it may carry an attribute ``role``, such as
-``"self_attention"`` or ``"res_block"``, by which a mixin finds them whatever their names are. A module of a
-network of videos that keeps the names of an image layer may say in ``beyond_images`` which of its children and
-parameters that layer has not: weights of images fill the rest.
+schedules, configs or ranks. It and modules inside it may carry an attribute ``role``, by which a mixin finds
+them whatever their names are:
+
+- ``self_attention``, ``cross_attention``, ``feed_forward``, ``transformer_block``, ``res_block``: of pictures, each
+  frame of a video being one, or of all tokens of a sequence;
+- ``temporal_self_attention``, ``temporal_cross_attention``, ``temporal_transformer_block``, ``temporal_res_block``,
+  ``temporal_convolution``: along the frames, or the views, of a pixel;
+- ``unet``: a network of ``input_blocks``, ``middle_block`` and ``output_blocks``, the last called with the stream and
+  a skip as one, ``(B, C, H, W)``; frames are rows ``(b f)``.
+
+A module of a network of videos that keeps the names of an image layer may say in ``beyond_images`` which of its
+children and parameters that layer has not: weights of images fill the rest.
 """
 
 from __future__ import annotations
