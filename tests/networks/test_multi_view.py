@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
+from vdiff.checkpoints import load_into
 from vdiff.checkpoints.maps.unet import sv4d
-from vdiff.networks import Clip, MultiViewTransformer, VideoUNet
+from vdiff.networks import Clip, MultiViewTransformer, UNet, VideoUNet
 from vdiff.process import Conditioning
 from vdiff.registry import build
 
@@ -132,6 +133,34 @@ def test_views_meet_in_their_moment_and_moments_in_their_view(view_attention, ha
                 over_moments[b, :, v, p] = look(layer.motion_stack[0], h[b, :, v, p] + moment, picture[p][None])
         expected = layer.added(x, layer.motion_mixer(h, over_moments).flatten(0, 2))
     torch.testing.assert_close(said, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("change", [{}, SV4D_2])
+def test_with_weights_of_images_every_frame_is_an_image(change):
+    """Told its moment's context and its own vector; what looks over views and moments adds nothing yet."""
+    own = {k: v for k, v in TINY.items() if k != "motion_context_dim"}
+    images, net = randomised(UNet(**own, linear_projection=True)), VideoUNet(**TINY | change).eval()
+    load_into(net, images.state_dict(), inflate=True)
+    x, c_noise, cond = inputs()
+    with torch.no_grad():
+        said = net(x, c_noise, cond)
+        for frame in range(MOMENTS * VIEWS):
+            told = {"cross_attention": cond["cross_attention"][:, frame // VIEWS], "vector": cond["vector"][:, frame]}
+            alone = images(x[:, :, frame], c_noise, Conditioning(told))
+            torch.testing.assert_close(said[:, :, frame], alone, rtol=1e-5, atol=1e-4)
+
+
+def test_of_one_pixel_all_views_are_all_there_is():
+    """Whichever way they are grouped."""
+    said = []
+    for view_attention in ("pixel", "moment", "released"):
+        layer = MultiViewTransformer(16, 2, 8, 3, context_dim=12, norm_groups=8, view_attention=view_attention)
+        context, views = draw(2 * MOMENTS, 1, 12, seed=2), draw(2, VIEWS, 3, 1, 1)
+        with torch.no_grad():
+            clip = Clip(MOMENTS * VIEWS, context=context, views=views)
+            said.append(randomised(layer)(draw(2 * MOMENTS * VIEWS, 16, 1, 1), clip))
+    for other in said[1:]:
+        torch.testing.assert_close(other, said[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

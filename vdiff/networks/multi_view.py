@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdiff.networks.base import run
+from vdiff.networks.layers import zeroed
 from vdiff.networks.temporal import AlphaBlender, Clip, MergeStrategy, TemporalTransformerBlock, VideoTransformer
 from vdiff.networks.unet_stages import mlp
 
@@ -37,6 +38,8 @@ class MultiViewTransformer(VideoTransformer):
               views come with: V pixels in a row, in each view alone. For the context see :func:`_dealt`.
         channels, num_heads, head_dim, and all others: See :class:`vdiff.networks.VideoTransformer`.
     """
+
+    beyond_images = (*VideoTransformer.beyond_images, "motion_stack", "motion_pos_embed", "motion_mixer")
 
     def __init__(
         self,
@@ -69,13 +72,17 @@ class MultiViewTransformer(VideoTransformer):
         self.has_camera, self.view_attention = camera_dim is not None, view_attention
         if camera_dim is not None:
             self.time_pos_embed = mlp(camera_dim, 4 * channels, inner)
-        self.motion_stack = nn.ModuleList(
+        over_moments = [
             TemporalTransformerBlock(
                 inner, num_heads, head_dim, motion_context_dim, dropout, extra_ff, temporal_cross_attention, backend
             )
             for _ in range(depth)
-        )
-        self.motion_pos_embed = mlp(channels, 4 * channels, inner)
+        ]
+        self.motion_stack, self.motion_pos_embed = nn.ModuleList(over_moments), mlp(channels, 4 * channels, inner)
+        for block in over_moments:
+            block.begin_as_identity()
+        for embed in (self.time_pos_embed, self.motion_pos_embed):
+            zeroed(embed[-1])
         self.motion_mixer = AlphaBlender(merge_factor, merge_strategy) if separate_motion_blend else None
 
     def forward(self, x: Tensor, clip: Clip) -> Tensor:
