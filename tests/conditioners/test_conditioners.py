@@ -47,6 +47,14 @@ def test_a_learned_null_learns_and_a_zero_null_is_zero():
     assert fourier.null(torch.zeros(2, 12)).requires_grad
 
 
+def test_a_class_for_cross_attention_is_one_token_and_so_is_its_null():
+    token, vector = ClassLabelEmbedder(3, 4, feeds="cross_attention"), ClassLabelEmbedder(3, 4)
+    token.load_state_dict(vector.state_dict())
+    labels = torch.tensor([2, 0])
+    assert torch.equal(token(labels), vector(labels)[:, None])
+    assert torch.equal(token.null(token(labels)), vector.table.weight[-1].expand(2, 1, 4))
+
+
 def dropped(made, which):
     cond, null = made(which), made(which).null
     parts = [slice(0, 4), slice(4, 10)]
