@@ -46,16 +46,20 @@ def solver(name, budget, schedule):
 
 
 @torch.no_grad()
-def measure(engine, reference, labels, name, budget):
-    sampler = solver(name, budget, engine.schedule)
-    calls = sum(1 for _ in sampler.plan(Node.of(sampler.levels(engine.schedule)), engine.schedule))
+def drawn(engine, labels, sampler):
     images = torch.cat(
         [
             engine.sample({"label": part}, seeds=range(start, start + len(part)), sampler=sampler)
             for start, part in zip(range(0, len(labels), 600), labels.split(600), strict=True)
         ]
     )
-    samples = Samples(images, labels)
+    return Samples(images, labels)
+
+
+def measure(engine, reference, labels, name, budget):
+    sampler = solver(name, budget, engine.schedule)
+    calls = sum(1 for _ in sampler.plan(Node.of(sampler.levels(engine.schedule)), engine.schedule))
+    samples = drawn(engine, labels, sampler)
     figures = {**ClassifierAccuracy()(samples, reference), **FrechetDistance()(samples, reference)}
     print(f"{name:16} {calls:3} calls  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)
     return calls, figures["classifier_accuracy"], figures["frechet_distance_ratio"]

@@ -13,6 +13,7 @@ from vdiff.mixins import (
     SEG,
     Adapter,
     ByLevel,
+    Consistency,
     ControlNet,
     DoRA,
     FreeU,
@@ -26,6 +27,7 @@ from vdiff.mixins import (
     RefModel,
     SkipLayer,
     T2IAdapter,
+    Teacher,
     TextualInversion,
     TokenMerging,
 )
@@ -99,6 +101,7 @@ CASES = {
         lambda: ByLevel("style", {0.5: 0.2, 3.0: 0.7}),
         needs=lambda host: stirred(LoRA(rank=2, name="style").attach(host)),
     ),
+    "consistency": Case(Consistency),
     "controlnet": Case(partial(ControlNet, hint_factor=1), {"controlnet": hint}, UNETS, NO_UNET),
     "dora": Case(partial(DoRA, rank=2)),
     "freeu": Case(FreeU, hosts=UNETS, refused=NO_UNET),
@@ -118,6 +121,7 @@ CASES = {
     "seg": Case(SEG, own=LIE),
     "skip_layer": Case(SkipLayer),
     "t2i_adapter": Case(partial(T2IAdapter, hint_factor=1), {"t2i_adapter": hint}, UNETS, NO_UNET),
+    "teacher": Case(Teacher, acts=False),
     "textual_inversion": Case(
         partial(TextualInversion, {"<cat>": 2}),
         hosts=("tower",),

@@ -7,6 +7,9 @@ import torch
 from vdiff.process import (
     EDMSchedule,
     FlowSchedule,
+    GridSigmaSampler,
+    KarrasDiscretizer,
+    LevelPair,
     LogitNormalSigmaSampler,
     LogNormalSigmaSampler,
     RowKeys,
@@ -34,6 +37,52 @@ def keys(values, position=None, global_size=None, step=0):
 
 def grid(num=20_000):
     return (torch.arange(num, dtype=torch.float64) + 0.5) / num
+
+
+# A grid --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [EDMSchedule(), FlowSchedule(), ScaledLinearSchedule()])
+def test_a_grid_gives_neighbours_and_ends_where_data_begins(schedule):
+    sampler = GridSigmaSampler(10)
+    levels = sampler.grid(schedule)
+    low = 0.002 if schedule.num_rows is None else schedule(1 / 1000).ratio.item()
+    assert (levels.ratio.diff() > 0).all() and levels.ratio[0].item() == pytest.approx(low, rel=1e-9)
+    assert levels.t[-1].item() == pytest.approx(1.0)
+    drawn = sampler.quantile(grid(), schedule)
+    assert isinstance(drawn, LevelPair) and isinstance(drawn.to(torch.float32)[:3], LevelPair)
+    place = torch.searchsorted(levels.t, drawn.t)
+    assert torch.equal(levels.t[place], drawn.t) and torch.equal(levels.t[place - 1], drawn.lower.t)
+    assert place.min() == 1 and (place.bincount()[1:] / len(place)).max() == pytest.approx(
+        1 / (len(levels) - 1), abs=1e-3
+    )
+
+
+def test_the_karras_grid_is_that_of_consistency_models():
+    """Song et al., arXiv:2303.01469: (eps^(1/7) + (i - 1) / (N - 1) (T^(1/7) - eps^(1/7)))^7 for i = 1 ... N."""
+    levels = GridSigmaSampler(18, KarrasDiscretizer(sigma_min=0.002, sigma_max=80.0)).grid(EDMSchedule())
+    ramp = torch.arange(18, dtype=torch.float64) / 17
+    want = (0.002 ** (1 / 7) + ramp * (80.0 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
+    torch.testing.assert_close(levels.ratio, want, rtol=1e-9, atol=0)
+
+
+def test_a_grid_may_be_drawn_as_a_log_normal_falls_between_its_levels():
+    """Song & Dhariwal, arXiv:2310.14189, eq. 11."""
+    sampler = GridSigmaSampler(18, mean=-1.1, std=2.0)
+    logs, below = sampler.grid(EDMSchedule()).ratio.log().tolist(), statistics.NormalDist(-1.1, 2.0)
+    want = torch.tensor([below.cdf(b) - below.cdf(a) for a, b in zip(logs, logs[1:], strict=False)])
+    drawn = sampler.quantile(grid(), EDMSchedule()).ratio.log()
+    share = torch.stack([(drawn - log).abs().lt(1e-9).double().mean() for log in logs[1:]])
+    torch.testing.assert_close(share, want.double() / want.sum(), atol=1e-4, rtol=0)
+
+
+def test_a_grid_says_what_it_cannot_be():
+    with pytest.raises(ValueError, match="mean and std go together"):
+        GridSigmaSampler(mean=-1.0)
+    with pytest.raises(ValueError, match="needs a step and a sigma_min above 0"):
+        GridSigmaSampler(0)
+    with pytest.raises(ValueError, match="no level of KarrasDiscretizer in 10 steps lies above sigma_min = 100"):
+        GridSigmaSampler(10, sigma_min=100.0).grid(EDMSchedule())
 
 
 # Distributions -------------------------------------------------------------------------------------

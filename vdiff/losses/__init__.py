@@ -1,6 +1,7 @@
 """Losses and weightings: a prediction against the truth, one value per row."""
 
 from vdiff.losses.base import BUCKETS, Loss, LossValues, PointwiseLoss, by_bucket
+from vdiff.losses.consistency import ConsistencyLoss
 from vdiff.losses.latent_diffusion import LatentDiffusionLoss, VLBWeighting
 from vdiff.losses.pointwise import HuberLoss, L1Loss, MSELoss
 from vdiff.losses.preference import DiffusionDPOLoss, IPOLoss, PairwiseLoss, SimPOLoss
@@ -18,6 +19,7 @@ from vdiff.losses.weightings import (
 )
 
 __all__ = [
+    "ConsistencyLoss",
     "BUCKETS",
     "DiffusionDPOLoss",
     "EDMWeighting",

@@ -3,6 +3,8 @@
 from vdiff.mixins.adapter import Adapter
 from vdiff.mixins.base import Mixin
 from vdiff.mixins.by_level import ByLevel
+from vdiff.mixins.companion import Companion
+from vdiff.mixins.consistency import Consistency
 from vdiff.mixins.controlnet import ControlNet
 from vdiff.mixins.dora import DoRA
 from vdiff.mixins.files import load_mixin
@@ -18,11 +20,15 @@ from vdiff.mixins.readout_guidance import ReadoutGuidance
 from vdiff.mixins.record import Record
 from vdiff.mixins.ref_model import RefModel
 from vdiff.mixins.t2i_adapter import T2IAdapter
+from vdiff.mixins.teacher import Teacher
 from vdiff.mixins.textual_inversion import TextualInversion
 from vdiff.mixins.token_merging import TokenMerging
 from vdiff.mixins.weights import WeightMixin, WeightPart
 
 __all__ = [
+    "Teacher",
+    "Consistency",
+    "Companion",
     "PAG",
     "SEG",
     "Adapter",

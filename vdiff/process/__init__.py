@@ -1,5 +1,6 @@
 """The forward process and the values every room exchanges. No weights."""
 
+from vdiff.process.boundaries import Boundary, EDMBoundary, LCMBoundary
 from vdiff.process.conditioning import Conditioning
 from vdiff.process.discretizers import (
     Discretizer,
@@ -10,6 +11,7 @@ from vdiff.process.discretizers import (
     LinspaceDiscretizer,
     TrailingDiscretizer,
     UniformDiscretizer,
+    usual_discretizer,
 )
 from vdiff.process.discretizers_by_frame import KnownFramesDiscretizer, PyramidDiscretizer, RollingDiscretizer
 from vdiff.process.discretizers_in_ratio import (
@@ -28,7 +30,7 @@ from vdiff.process.discretizers_in_time import (
     SimpleDiscretizer,
 )
 from vdiff.process.gits import GITSDiscretizer
-from vdiff.process.level import HOST, NoiseLevel, spread, upload
+from vdiff.process.level import HOST, LevelPair, NoiseLevel, spread, upload
 from vdiff.process.parameterizations import (
     EDMParameterization,
     EpsilonParameterization,
@@ -52,6 +54,7 @@ from vdiff.process.schedules import (
     ZeroSNRSchedule,
 )
 from vdiff.process.sigma_samplers import (
+    GridSigmaSampler,
     LogitNormalSigmaSampler,
     LogNormalSigmaSampler,
     SigmaSampler,
@@ -62,6 +65,12 @@ from vdiff.process.sigma_samplers import (
 from vdiff.process.x0_scale import X0Scale
 
 __all__ = [
+    "usual_discretizer",
+    "GridSigmaSampler",
+    "LevelPair",
+    "LCMBoundary",
+    "EDMBoundary",
+    "Boundary",
     "HOST",
     "AYSDiscretizer",
     "BetaIndexDiscretizer",

@@ -252,5 +252,11 @@ class ExplicitDiscretizer(Discretizer):
         return schedule(self.values) if self.is_time else schedule.at_ratio(self.values)
 
 
+def usual_discretizer(schedule: NoiseSchedule) -> Discretizer:
+    """``trailing``, or ``karras`` on a schedule without a table that never reaches pure noise (EDM)."""
+    is_open = schedule.num_rows is None and math.isfinite(schedule(1.0).ratio.item())
+    return KarrasDiscretizer() if is_open else TrailingDiscretizer()
+
+
 def end_with_data(nodes: Tensor) -> Tensor:
     return torch.cat([nodes, nodes.new_zeros(1)])

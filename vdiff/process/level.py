@@ -6,7 +6,7 @@ makes a :class:`NoiseLevel`; mixing, denoising, weighting and solving spend it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,6 +63,10 @@ class NoiseLevel:
         """On the device, in one copy for which the host does not wait."""
         return NoiseLevel(*upload(torch.stack(self._values()), device).unbind())
 
+    def paired(self, lower: NoiseLevel) -> LevelPair:
+        """This level with a lower one beside it."""
+        return LevelPair(self.t, self.alpha, self.sigma, self.d_alpha, self.d_sigma, lower)
+
     def __getitem__(self, index: Any) -> NoiseLevel:
         return NoiseLevel(*(value[index] for value in self._values()))
 
@@ -70,12 +74,32 @@ class NoiseLevel:
         return len(self.t)
 
     def _values(self) -> list[Tensor]:
-        return [getattr(self, f.name) for f in fields(self)]
+        return [self.t, self.alpha, self.sigma, self.d_alpha, self.d_sigma]
 
     @staticmethod
     def cat(levels: list[NoiseLevel]) -> NoiseLevel:
         """Levels one after the other along the first axis."""
         return NoiseLevel(*(torch.cat(values) for values in zip(*(n._values() for n in levels), strict=True)))
+
+
+@dataclass(frozen=True, eq=False)
+class LevelPair(NoiseLevel):
+    """A level and a lower one beside it: the two ends of a step, between which few-step training compares.
+
+    Attributes:
+        lower: As many levels, none with more noise.
+    """
+
+    lower: NoiseLevel
+
+    def to(self, *args: torch.device | torch.dtype | str) -> LevelPair:
+        return super().to(*args).paired(self.lower.to(*args))
+
+    def upload(self, device: torch.device) -> LevelPair:
+        return super().upload(device).paired(self.lower.upload(device))
+
+    def __getitem__(self, index: Any) -> LevelPair:
+        return super().__getitem__(index).paired(self.lower[index])
 
 
 def upload(value: Tensor, device: torch.device) -> Tensor:

@@ -27,6 +27,8 @@ class Prediction:
         reference: What a reference policy says about the same ``x_t``, if one is attached.
         renoise: The clean sample whose noise goes on, where that is another than this prediction's (CFG++): solvers
             then take x0 from here and the noise from there.
+        target: What is said a step of a teacher further down, at an ``x_t`` and ``level`` of its own, if there is a
+            teacher: what the x0 of this one is to agree with (few-step training).
     """
 
     language: Parameterization
@@ -35,6 +37,7 @@ class Prediction:
     level: NoiseLevel
     reference: Prediction | None = None
     renoise: Tensor | None = None
+    target: Prediction | None = None
 
     def to(self, language: str | Parameterization) -> Tensor:
         """The prediction in another language."""

@@ -32,6 +32,7 @@ ROOMS = {
     "parameterization": "vdiff.process",
     "sigma_sampler": "vdiff.process",
     "discretizer": "vdiff.process",
+    "boundary": "vdiff.process",
     "network": "vdiff.networks",
     "loss": "vdiff.losses",
     "weighting": "vdiff.losses",

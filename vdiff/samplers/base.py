@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,10 +15,9 @@ from vdiff.process import (
     Conditioning,
     Discretizer,
     ExplicitDiscretizer,
-    KarrasDiscretizer,
     NoiseLevel,
     NoiseSchedule,
-    TrailingDiscretizer,
+    usual_discretizer,
 )
 from vdiff.registry import Registered
 from vdiff.samplers.ends import begin_at, noise_at, state_at, upward
@@ -67,11 +65,7 @@ class Sampler(Registered, kind="sampler"):
 
     def levels(self, schedule: NoiseSchedule) -> NoiseLevel:
         """The levels of the walk, float64 on the host: ``(num_steps + 1,)``, or by frame ``(num_steps + 1, F)``."""
-        discretizer = self.discretizer
-        if discretizer is None:
-            is_open = schedule.num_rows is None and math.isfinite(schedule(1.0).ratio.item())
-            discretizer = KarrasDiscretizer() if is_open else TrailingDiscretizer()
-        return discretizer(schedule, self.num_steps)
+        return (self.discretizer or usual_discretizer(schedule))(schedule, self.num_steps)
 
     def bind(
         self,

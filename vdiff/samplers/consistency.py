@@ -1,4 +1,7 @@
-"""Few-step samplers of consistency models: to data, or towards it, and back up with fresh noise."""
+"""Few-step samplers of consistency models: to data, or towards it, and back up with fresh noise.
+
+Their levels are ``trailing`` ones by default, on EDM's schedule too: a last call next to data would be wasted.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Literal
 
-from vdiff.process import Discretizer, NoiseSchedule
+from vdiff.process import Discretizer, NoiseSchedule, TrailingDiscretizer
 from vdiff.samplers.base import Sampler
 from vdiff.samplers.noise import NoiseSource
 from vdiff.samplers.plan import Node, Stage, transfer
@@ -33,7 +36,7 @@ class ConsistencySampler(Sampler):
         noise_source: NoiseSource | None = None,
         init: Literal["sigma", "vp"] | float = "sigma",
     ) -> None:
-        super().__init__(num_steps, discretizer, noise_source, init)
+        super().__init__(num_steps, discretizer or TrailingDiscretizer(), noise_source, init)
         if sigma_min < 0:
             raise ValueError(f"{type(self).__name__}: sigma_min must not be negative, got {sigma_min}.")
         self.sigma_min = sigma_min
@@ -86,7 +89,7 @@ class TCDSampler(Sampler, name="tcd"):
         noise_source: NoiseSource | None = None,
         init: Literal["sigma", "vp"] | float = "sigma",
     ) -> None:
-        super().__init__(num_steps, discretizer, noise_source, init)
+        super().__init__(num_steps, discretizer or TrailingDiscretizer(), noise_source, init)
         if not 0 <= gamma <= 1:
             raise ValueError(f"TCDSampler: gamma must lie in [0, 1], got {gamma}.")
         self.gamma = gamma

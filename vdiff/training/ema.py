@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from vdiff.hooks import attached
+from vdiff.mixins import Teacher
 
 
 class EMA:
@@ -69,6 +73,12 @@ class EMA:
         finally:
             with torch.no_grad():
                 _copy(mine, kept)
+
+    def lend(self, engine: nn.Module) -> None:
+        """Let teachers attached to the engine ask its average."""
+        for mixin in attached(engine).values():
+            if isinstance(mixin, Teacher):
+                mixin.average = partial(self.applied, engine)
 
     def to(self, device: torch.device) -> None:
         """Move the average to where the weights are."""

@@ -74,6 +74,7 @@ class EngineModule(LightningModule):
         self.selection = select(engine, train, self.recipe, new)
         if ema is not None:
             ema.start(self.selection.trained)
+            ema.lend(engine)
         self._means = Means()
 
     def forward(self, batch: Mapping[str, Any]) -> Any:

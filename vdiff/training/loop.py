@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vdiff.data import Dataset, Loader
 from vdiff.hooks import attached
-from vdiff.mixins import RefModel
+from vdiff.mixins import Companion
 from vdiff.process import forked, upload
 from vdiff.training.base import FitResult, Training
 from vdiff.training.checkpointing import Checkpointing, RunState, latest, recorded_new
@@ -130,10 +130,11 @@ class Trainer(Training, name="loop"):
         """Choose, place and restore; the notes say what was loaded from where."""
         engine.to(self.device)
         folder, passed_over = latest(run / "checkpoints")
-        copies = [m for m in attached(engine).values() if isinstance(m, RefModel) and m.source == "copy"]
-        begun = initialize(engine, self.init) if copies or folder is None else Initialised((), None)
-        for reference in copies:
-            reference.begin()  # the weights that the run starts from, also where it goes on from later ones
+        companions = [m for m in attached(engine).values() if isinstance(m, Companion)]
+        copied = any(companion.source == "copy" for companion in companions)
+        begun = initialize(engine, self.init) if copied or folder is None else Initialised((), None)
+        for companion in companions:
+            companion.begin()  # a copy of the weights that the run starts from, also where it goes on from later ones
         new = begun.new if folder is None else recorded_new(folder)
         selection = select(engine, self.train, self.optimizer, new)
         optimizer = self.optimizer(selection.groups)
@@ -142,6 +143,7 @@ class Trainer(Training, name="loop"):
         state = RunState(engine, selection, optimizer, scheduler, scaler, self.ema, self.seed)
         if self.ema is not None:
             self.ema.start(selection.trained)
+            self.ema.lend(engine)
         if folder is None:
             notes = [f"Initialised: {line}" for line in begun.lines]
         else:

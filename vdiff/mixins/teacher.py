@@ -1,0 +1,143 @@
+"""A teacher beside the student: what few-step training learns to agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vdiff.hooks import On
+from vdiff.mixins.companion import Companion, CompanionPart, Source
+from vdiff.networks import in_eval
+from vdiff.process import Conditioning, LevelPair, NoiseLevel, Prediction
+
+Asked = Callable[..., Prediction]
+
+
+class Teacher(Companion):
+    r"""Where the teacher's next step leads, and what the student says there, in ``Prediction.target``.
+
+    At a pair of levels, as the sigma sampler ``grid`` draws them, the teacher takes ``x_t`` one step of a solver down
+    its trajectory to the lower level; the student is asked there, without gradient and in eval mode, and its answer is
+    the target: two points of one trajectory have one end. At a single level, so in sampling, nothing is asked. The
+    loss ``consistency`` compares, and the mixin ``consistency`` gives the trajectory its end.
+
+    Args:
+        source: Where the teacher comes from, see :class:`Companion`: ``copy``, what the run starts from;
+            ``mixins_off`` where the student is a LoRA on the teacher; ``adapter`` or ``checkpoint``.
+        adapter, file, weights, sha256: As the source wants them.
+        solver: ``euler``, first order (DDIM, one call), or ``heun``, second order in the time of the straight flow (two
+            calls).
+        guidance: Scale of the teacher's classifier-free guidance, which the student then needs no more; 1 is the plain
+            conditional prediction.
+        target: Who is asked at the lower level: ``student`` as it is, or ``ema``, its average in the run.
+        on: The denoiser.
+        name: See :class:`Mixin`.
+
+    Attributes:
+        average: Inside it the denoiser has averaged weights; a trainer with ``ema`` sets it.
+
+    References:
+        Song et al., arXiv:2303.01469, algorithm 2; Luo et al., arXiv:2310.04378, eq. 14, for the guided step; Song &
+        Dhariwal, arXiv:2310.14189, section 3.2, for the student as its own target.
+    """
+
+    words = ("teacher", "student")
+
+    def __init__(
+        self,
+        source: Source = "copy",
+        adapter: str | None = None,
+        file: Path | None = None,
+        weights: Literal["ema", "raw"] = "ema",
+        sha256: str | None = None,
+        solver: Literal["euler", "heun"] = "euler",
+        guidance: float = 1.0,
+        target: Literal["student", "ema"] = "student",
+        on: On = "role:denoiser",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(source, adapter, file, weights, sha256, on, name)
+        if solver not in ("euler", "heun") or target not in ("student", "ema"):
+            raise ValueError(
+                f"Teacher: solver is euler or heun, and target student or ema; got {solver!r} and {target!r}."
+            )
+        self.solver, self.guidance, self.target = solver, guidance, target
+        self.average: Callable[[], AbstractContextManager[None]] | None = None
+
+    def companion_part(self) -> TeacherPart:
+        return TeacherPart(self.solver == "heun", self.guidance, self.target == "ema")
+
+
+class TeacherPart(CompanionPart):
+    """At a denoiser, called with ``(x_t, level, cond)``: its prediction, with the target in it."""
+
+    def __init__(self, is_second_order: bool, guidance: float, is_averaged: bool) -> None:
+        super().__init__()
+        self.is_second_order, self.guidance, self.is_averaged = is_second_order, guidance, is_averaged
+        self._target: Prediction | None = None
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Before the student keeps anything for its gradient, as with a reference."""
+        target = self._asked(module, *args, **kwargs)
+        self._target = target  # the student was asked on the way, which passes through here too
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Prediction:
+        target, self._target = self._target, None
+        prediction = self.checked(module, output)
+        return prediction if target is None else prediction.with_(target=target)
+
+    @torch.no_grad()
+    def _asked(
+        self, module: nn.Module, x_t: Tensor, level: NoiseLevel, cond: Conditioning | None = None
+    ) -> Prediction | None:
+        if not isinstance(level, LevelPair):
+            return None
+        with self.asked(module) as teacher:
+            x_s = self.step(teacher, x_t, level, cond)
+        with self._averaged(), in_eval(module):
+            return module(x_s, level.lower, cond)
+
+    def step(self, teacher: Asked, x_t: Tensor, level: LevelPair, cond: Conditioning | None) -> Tensor:
+        """Where the teacher goes from ``x_t`` in one step to the lower level."""
+        first = self._guided(teacher, x_t, level, cond)
+        x_s = level.lower.mix(first.x0, first.noise)
+        if not self.is_second_order:
+            return x_s
+        second = self._guided(teacher, x_s, level.lower, cond)
+        slope = (first.noise - first.x0 + second.noise - second.x0) / 2
+        own = level.like(x_t)
+        x0 = (x_t - own.sigma * slope) / (own.alpha + own.sigma)  # with this slope, and x_t where it is
+        return level.lower.mix(x0, x0 + slope)
+
+    def _guided(self, teacher: Asked, x_t: Tensor, level: NoiseLevel, cond: Conditioning | None) -> Prediction:
+        if self.guidance == 1:
+            return teacher(x_t, level, cond)
+        if cond is None or cond.null is None:
+            raise ValueError(
+                f"Teacher: guidance {self.guidance:g} moves away from the null of the conditions, and there is none. "
+                "Give the conditioner an embedder, or set guidance: 1."
+            )
+        both = Conditioning.cat([cond.with_(null=None), cond.null.with_(null=None)], len(x_t))
+        said = teacher(torch.cat([x_t, x_t]), NoiseLevel.cat([level, level]), both)
+        plain, null = said.value.chunk(2)
+        return Prediction(said.language, null + self.guidance * (plain - null), x_t, level)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        if not self.is_averaged:
+            yield
+            return
+        average = getattr(self.mixin, "average", None)
+        if average is None:
+            raise ValueError(
+                "Teacher: target 'ema' is the run's average of the student, and nothing keeps one. Set training.ema, "
+                "or use target: student."
+            )
+        with average():
+            yield
