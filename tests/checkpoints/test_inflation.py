@@ -180,6 +180,15 @@ def test_more_channels_of_a_diffusion_transformer_begin_at_zero_as_well():
     assert (said - expected).abs().max() < 1e-5 and expected.std() > 0.5
 
 
+def test_a_diffusion_transformer_has_no_layers_over_time_and_a_patch_over_frames_is_another_network():
+    torch.manual_seed(0)
+    tiny = dict(out_channels=4, width=32, depth=1, num_heads=2)
+    weights = DiT(4, **tiny).state_dict()
+    load_into(DiT(4, **tiny, patch_size=(1, 2, 2)), weights)
+    with pytest.raises(MismatchError, match="out.*of another shape|of another shape.*out"):
+        load_into(DiT(4, **tiny, patch_size=(2, 2, 2)), weights, inflate=True)
+
+
 def test_what_is_new_adds_up_to_the_published_counts():
     """Tensors and parameters: the video network's less the image network's, which has fewer columns at its entrance."""
     with torch.device("meta"):

@@ -80,13 +80,13 @@ def beyond_images(module: nn.Module) -> list[str]:
     ]
 
 
-def new_names(module: nn.Module, missing: Collection[str], present: Collection[str]) -> list[str]:
-    """Which of the missing names belong to layers that images have no use for.
+def new_names(module: nn.Module, missing: Collection[str], present: Collection[str]) -> dict[str, None]:
+    """Which of the missing names belong to layers that images have no use for, in their order.
 
     A layer that the file has a part of is not new: the file is damaged, or another network's.
     """
     roots = [root for root in beyond_images(module) if not any(is_below(name, root) for name in present)]
-    return [name for name in missing if any(is_below(name, root) for root in roots)]
+    return dict.fromkeys(name for name in missing if any(is_below(name, root) for root in roots))
 
 
 def is_below(name: str, root: str) -> bool:

@@ -117,7 +117,7 @@ def load_into(
     attachments = [name for name in absent if is_port_key(name)]
     missing = [name for name in absent if not is_port_key(name)]
     new = new_names(module, missing, renamed) if inflate else []
-    missing = [name for name in missing if name not in set(new)]
+    missing = [name for name in missing if name not in new]
     unexpected = [name for name in renamed if name not in own and not is_ignored(name)]
     odd = {
         "of another shape or type": [f"{name}: {_spell(renamed[name])} in the file, {_spell(own[name])} in the module"
