@@ -135,6 +135,18 @@ def test_a_run_that_goes_on_trains_the_same_and_needs_no_file_it_started_from(wh
         train(config(tmp_path, "training.train=null", "training.num_steps=5"), tmp_path / "videos")
 
 
+def test_a_file_of_the_network_alone_leaves_the_conditioner_new(whole, tmp_path):
+    """As Stable Diffusion's original checkpoint into the network of videos: its other parts are left out."""
+    images, begin = read_run_weights(whole / "images")[0], "denoiser.network."
+    published = {f"model.diffusion_model.{n.removeprefix(begin)}": v for n, v in images.items() if n.startswith(begin)}
+    save_weights(tmp_path / "sd.safetensors", published | {"first_stage_model.quant_conv.weight": torch.ones(1)})
+    how = {"prefix": {"model.diffusion_model.": ""}, "inflate": True}
+    engine = DiffusionEngine.from_config(config(whole))
+    new = initialize(engine, [WeightSource(tmp_path / "sd.safetensors", into="denoiser.network", **how)]).new
+    assert {name for name in new if not is_over_time(name)} == {"conditioner.embedders.0.table.weight"}
+    assert torch.equal(engine.denoiser.network.out[2].weight, images["denoiser.network.out.2.weight"])
+
+
 def test_a_first_entry_may_have_its_own_part_of_the_rest(whole):
     """First match wins, as ever: here the whole network learns, but what is old a hundred times slower."""
     engine = DiffusionEngine.from_config(config(whole))
