@@ -69,15 +69,33 @@ def stages(told: Told) -> Stages:
     return Stages(tuple(numbers[::-1]), tuple(attends[::-1]), updown, told.has(r"middle_block\.1\.qkv\."))
 
 
+def encoder_stages(told: Told) -> Stages:
+    """Of latent diffusion's names without a way up. A level ends, on the way down, with a convolution alone.
+
+    Raises:
+        UntoldError: what ends one is no such convolution.
+    """
+    levels: list[list[int]] = [[]]
+    for row in range(1, told.count(r"input_blocks\.(\d+)\.")):
+        if told.has(rf"input_blocks\.{row}\.0\.op\."):
+            levels.append([])
+        else:
+            levels[-1].append(row)
+    for rows in levels:
+        biases = [told.tensors.get(f"input_blocks.{row}.0.out_layers.3.bias") for row in rows]
+        if len({None if bias is None else len(bias) for bias in biases}) != 1 or biases[0] is None:
+            raise UntoldError(f"Nothing tells where a level ends among input_blocks {rows}: no convolution resamples.")
+    attends = tuple(any(told.has(rf"input_blocks\.{row}\.1\.") for row in rows) for rows in levels)
+    return Stages(tuple(map(len, levels)), attends, False, told.has(r"middle_block\.1\.qkv\."))
+
+
 def diffusers_stages(told: Told) -> Stages:
-    """Of diffusers' names."""
-    ups = range(told.count(r"up_blocks\.(\d+)\."))
-    numbers = [told.count(rf"up_blocks\.{up}\.resnets\.(\d+)\.") - 1 for up in ups]
-    attends = [told.has(rf"up_blocks\.{up}\.attentions\.") for up in ups]
-    updown = told.has(r"up_blocks\.\d+\.upsamplers\.0\.conv1\.")
-    return Stages(
-        tuple(numbers[::-1]), tuple(attends[::-1]), updown, told.has(r"mid_block\.attentions\.0\.group_norm\.")
-    )
+    """Of diffusers' names, with a way up or without."""
+    downs = range(told.count(r"down_blocks\.(\d+)\."))
+    numbers = tuple(told.count(rf"down_blocks\.{down}\.resnets\.(\d+)\.") for down in downs)
+    attends = tuple(told.has(rf"down_blocks\.{down}\.attentions\.") for down in downs)
+    updown = told.has(r"down_blocks\.\d+\.downsamplers\.0\.conv1\.")
+    return Stages(numbers, attends, updown, told.has(r"mid_block\.attentions\.0\.group_norm\."))
 
 
 def num_levels(told: Told) -> int:

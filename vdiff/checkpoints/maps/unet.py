@@ -13,7 +13,9 @@ from vdiff.checkpoints.keymap import KeyMap
 
 RES = KeyMap((f"{here}.*", f"{there}.*") for here, there in RES_BLOCK.items())
 TRANSFORMER = KeyMap([("*", "*")])
-ENDS = KeyMap([*((f"{here}.*", f"{there}.*") for here, there in OUTSIDE.items()), ("label_emb.*", "class_embedding.*")])
+_OUTSIDE = [(f"{here}.*", f"{there}.*") for here, there in OUTSIDE.items()]
+INTO = KeyMap([*(rule for rule in _OUTSIDE if not rule[0].startswith("out.")), ("label_emb.*", "class_embedding.*")])
+ENDS = INTO + KeyMap(rule for rule in _OUTSIDE if rule[0].startswith("out."))
 
 VIDEO_RES = (
     RES.under("time_stack", "temporal_res_block")
@@ -59,12 +61,35 @@ def unet(
         resblock_updown: Whether residual blocks resample.
         res, attention: The tables inside a block.
     """
-    levels = len(attends)
-    numbers = [num_res_blocks] * levels if isinstance(num_res_blocks, int) else list(num_res_blocks)
-    down = res if resblock_updown else KeyMap([("op.*", "conv.*")])
+    levels, stage = len(attends), 0
+    numbers = _by_level(num_res_blocks, levels)
     up = res if resblock_updown else KeyMap([("*", "*")])
+    table = ENDS + encoder(num_res_blocks, attends, resblock_updown, res, attention)
+    for level in reversed(range(levels)):
+        there = f"up_blocks.{levels - 1 - level}"
+        for block in range(numbers[level] + 1):
+            here = f"output_blocks.{stage}"
+            table += res.under(f"{here}.0", f"{there}.resnets.{block}")
+            if attends[level]:
+                table += attention.under(f"{here}.1", f"{there}.attentions.{block}")
+            if level and block == numbers[level]:
+                table += up.under(f"{here}.{1 + attends[level]}", f"{there}.upsamplers.0")
+            stage += 1
+    return table
 
-    table, stage = ENDS, 1
+
+def encoder(
+    num_res_blocks: int | Sequence[int],
+    attends: Sequence[bool],
+    resblock_updown: bool = False,
+    res: KeyMap = RES,
+    attention: KeyMap = TRANSFORMER,
+) -> KeyMap:
+    """Of the same table what comes before the way up."""
+    levels, stage = len(attends), 1
+    numbers = _by_level(num_res_blocks, levels)
+    down = res if resblock_updown else KeyMap([("op.*", "conv.*")])
+    table = INTO
     for level in range(levels):
         for block in range(numbers[level]):
             here, there = f"input_blocks.{stage}", f"down_blocks.{level}"
@@ -77,17 +102,6 @@ def unet(
             stage += 1
     for child, (part, there) in enumerate([(res, "resnets.0"), (attention, "attentions.0"), (res, "resnets.1")]):
         table += part.under(f"middle_block.{child}", f"mid_block.{there}")
-    stage = 0
-    for level in reversed(range(levels)):
-        there = f"up_blocks.{levels - 1 - level}"
-        for block in range(numbers[level] + 1):
-            here = f"output_blocks.{stage}"
-            table += res.under(f"{here}.0", f"{there}.resnets.{block}")
-            if attends[level]:
-                table += attention.under(f"{here}.1", f"{there}.attentions.{block}")
-            if level and block == numbers[level]:
-                table += up.under(f"{here}.{1 + attends[level]}", f"{there}.upsamplers.0")
-            stage += 1
     return table
 
 
@@ -108,3 +122,7 @@ def sv4d() -> KeyMap:
     places = ("input_blocks.{i}.{j}", "middle_block.{j}", "output_blocks.{i}.{j}")
     rules = [(f"{place}.{ours}.*", f"{place}.{theirs}.*") for place in places for ours, theirs in names.items()]
     return KeyMap([*rules, ("*", "*")])
+
+
+def _by_level(num_res_blocks: int | Sequence[int], levels: int) -> list[int]:
+    return [num_res_blocks] * levels if isinstance(num_res_blocks, int) else list(num_res_blocks)

@@ -1,0 +1,47 @@
+"""One part of a checkpoint by our names, out of whatever layout it is in, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from vdiff.checkpoints.architecture import Told
+from vdiff.checkpoints.keymap import KeyMapError
+from vdiff.checkpoints.recognition import UnknownFamilyError, recognise
+from vdiff.checkpoints.sources import WeightSource
+from vdiff.checkpoints.translation import Translation
+
+
+def read_part(source: WeightSource, slot: str) -> tuple[str, dict[str, Tensor]] | None:
+    """The layout and, by our names, the tensors of what stands at a slot, alone or beside others; None: nothing does.
+
+    Args:
+        slot: Of :data:`vdiff.checkpoints.places.PLACES`.
+
+    Raises:
+        KeyMapError: names within it that have no place here, or of which some are missing.
+        MismatchError: shapes that contradict each other, or weights that are not finite.
+    """
+    try:
+        parts = recognise(source.header, str(source.path)).parts
+    except UnknownFamilyError:
+        return None
+    part = next((part for part in parts if part.slot == slot), None)
+    return None if part is None else (part.layout, dict(Translation(source, part, "vdiff").tensors()))
+
+
+def translated(tensors: Mapping[str, Tensor], layout: str, where: str) -> dict[str, Tensor]:
+    """Tensors of one part by our names, in another layout.
+
+    Raises:
+        UnknownFamilyError: they are of none.
+        ValueError: the family is not written so.
+        KeyMapError: names that have no place there.
+    """
+    (part,) = recognise(tensors, where).parts
+    target = part.family.layout(layout)
+    try:
+        return target.table(Told(tensors))(tensors)
+    except KeyMapError as error:
+        raise KeyMapError(f"{where} ({part.family.name}), to {layout}: {error}") from error
