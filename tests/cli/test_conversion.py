@@ -154,3 +154,27 @@ def test_a_mixin_of_a_run_is_converted_by_its_name(tmp_path, capsys):
     assert same(load_mixin(out).state_dict(), lora.state_dict())
     assert run("convert", folder, tmp_path / "peft", "--mixin", "other", "--to", "peft") == 0
     assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
+
+
+def test_a_published_file_is_held_against_a_config(tmp_path, monkeypatch, capsys):
+    """And says which part goes where, without reading a weight."""
+    monkeypatch.chdir(tmp_path)
+    small = "{channels: 8, channel_mult: [1, 2], num_res_blocks: 1, norm_groups: 4"
+    Path("small.yaml").write_text(
+        f"base: {ROOT / 'configs/families/sd21_base.yaml'}\n"
+        f"engine:\n  first_stage: {small}}}\n"
+        f"  denoiser: {{network: {small}, context_dim: 12, attention_factors: [2], head_dim: 8,"
+        " linear_projection: false, num_classes: sequential, vector_dim: 6}}\n"
+        "  conditioner: {embedders: [{type: open_clip_text, arch: {embed_dim: 24, width: 16, heads: 2, layers: 2,"
+        " context_length: 16, vocab_size: 100}}]}\n"
+    )
+    parts = {LDM: "unet", STAGE: "autoencoder_kl", "cond_stage_model.": "open_clip_text"}
+    save_weights("sd.safetensors", {n: v for at, name in parts.items() for n, v in weights(name, "ldm", at).items()})
+    assert run("inspect", "sd.safetensors", "--against", "small.yaml") == 0
+    said = capsys.readouterr().out
+    assert "cond_stage_model.* -> conditioner.embedders.0: open_clip_text (ldm), 30 tensors" in said
+    assert "first_stage_model.* -> first_stage: autoencoder_kl (ldm)" in said
+    save_weights("half.safetensors", weights("unet", "ldm", LDM))
+    assert run("inspect", "half.safetensors", "--against", "small.yaml") == 1
+    assert "missing in the file" in capsys.readouterr().out
+    assert run("inspect", "half.safetensors", "--against", "small.yaml", "--slot", "denoiser.network") == 0

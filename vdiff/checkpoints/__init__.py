@@ -5,6 +5,8 @@ from vdiff.checkpoints.conversion import convert as convert_checkpoint
 from vdiff.checkpoints.families import FAMILIES, Family, Layout
 from vdiff.checkpoints.keymap import KeyMap, KeyMapError, Move, Rule
 from vdiff.checkpoints.loading import LoadReport, MismatchError, load_into
+from vdiff.checkpoints.parts import read_part, translated
+from vdiff.checkpoints.published import PublishedReport, check_published, load_published
 from vdiff.checkpoints.recognition import Part, Recognised, UnknownFamilyError, recognise
 from vdiff.checkpoints.runs import find_checkpoint, read_run_weights
 from vdiff.checkpoints.sources import WeightSource, is_pipeline, open_weights
@@ -40,22 +42,26 @@ __all__ = [
     "MismatchError",
     "Move",
     "Part",
+    "PublishedReport",
     "Recognised",
     "Rule",
     "UnknownFamilyError",
     "UnsafeFileError",
     "WeightFileError",
     "WeightSource",
+    "check_published",
     "convert_checkpoint",
     "find_checkpoint",
     "is_pipeline",
     "load_into",
+    "load_published",
     "newest_valid",
     "open_weights",
     "prune",
     "read",
     "read_header",
     "read_metadata",
+    "read_part",
     "read_run_weights",
     "read_weights",
     "recognise",
@@ -63,6 +69,7 @@ __all__ = [
     "step_folder",
     "steps",
     "tidy",
+    "translated",
     "verify",
     "write",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 # CogVideoX has 16 channels of latents, so rows of its last layer tell the frames of a patch of (frames, 2, 2).
 FRAMES_OF_ROWS = {64: 1, 128: 2}
+OPENAIS_WIDTHS = (512, 768)  # of CLIP's text towers by OpenAI; those that open_clip trained for diffusion are wider
 WIDTH_OF_2B = 1920  # the one with sines and cosines, which its file holds as a table
 
 
@@ -128,3 +129,18 @@ def holds_sincos(told: Told) -> bool:
         return into[0].numel() == out.shape[0]
     embed = told.tensors.get("patch_embed.weight")
     return embed is not None and "positions" not in told.tensors and embed.shape[0] == WIDTH_OF_2B
+
+
+def prompt_length(told: Told) -> int:
+    """Tokens of a prompt, by the positions that CLIP's text tower knows."""
+    (table,) = (v for name, v in told.tensors.items() if name.endswith("embeddings.position_embedding.weight"))
+    return len(table)
+
+
+def is_openais(told: Told) -> bool:
+    """Whether a text tower in transformers' layout is OpenAI's, which is built from transformers here as well.
+
+    Names are the same of open_clip's.
+    """
+    (table,) = (v for name, v in told.tensors.items() if name.endswith("embeddings.token_embedding.weight"))
+    return table.shape[1] in OPENAIS_WIDTHS and "text_projection.weight" not in told.tensors

@@ -168,6 +168,39 @@ class Transpose(Change):
 
 
 @dataclass(frozen=True)
+class Tied(Change):
+    """``num`` names of one tensor become one."""
+
+    num: int = 2
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        first, *others = tensors
+        if not first.is_meta and not all(torch.equal(first, other) for other in others):
+            raise ValueError(
+                f"{self.num} tensors {tuple(first.shape)} should be one under {self.num} names, and differ."
+            )
+        return (first,)
+
+    @property
+    def inverse(self) -> Change:
+        return Shared(self.num)
+
+
+@dataclass(frozen=True)
+class Shared(Change):
+    """The way back of :class:`Tied`."""
+
+    num: int = 2
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors * self.num
+
+    @property
+    def inverse(self) -> Change:
+        return Tied(self.num)
+
+
+@dataclass(frozen=True)
 class InTurn(Change):
     """One change after the other."""
 

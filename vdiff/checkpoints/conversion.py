@@ -1,37 +1,25 @@
-"""Whole checkpoints from one layout to another, in one pass: some tensors held at a time, and nothing half written.
-
-Every tensor goes by our names, over two tables: from the layout it is in, to the one it is wanted in. What is fused in
-one and cut in the other is read and written together, and nothing else is held.
-"""
+"""Whole checkpoints from one layout to another, in one pass: some tensors held at a time, and nothing half written."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from vdiff.checkpoints.architecture import Told
-from vdiff.checkpoints.keymap import KeyMapError, Move
-from vdiff.checkpoints.loading import MismatchError, summary
+from vdiff.checkpoints.keymap import KeyMapError
+from vdiff.checkpoints.loading import summary
 from vdiff.checkpoints.recognition import Part, described, recognise
 from vdiff.checkpoints.shards import write_streamed
-from vdiff.checkpoints.sources import WeightSource
+from vdiff.checkpoints.sources import STEMS, WeightSource
+from vdiff.checkpoints.translation import Translation
 from vdiff.registry import did_you_mean
 
-# Pairs of weights, by the ends of their names, and an axis of each that have the same length.
-AGREEING = (
-    (".to_k.weight", 0, ".to_v.weight", 0),
-    (".to_k.weight", 1, ".to_v.weight", 1),
-    (".to_q.weight", 0, ".to_k.weight", 0),
-    (".in_layers.0.weight", 0, ".in_layers.2.weight", 1),
-    (".out_layers.0.weight", 0, ".out_layers.3.weight", 1),
-    (".norm1.weight", 0, ".conv1.weight", 1),
-    (".norm2.weight", 0, ".conv2.weight", 1),
-)
+ONLY_THERE = "which its layout alone has"
+VECTOR = ("label_emb.", "add_embedding.")  # of a network that is told a vector
+DIFFUSERS_OWN = ("network", "control", "first_stage")  # whose files it names; transformers those of towers
+NO_DECODER = "of a second autoencoder, where diffusers has one"
 
 
 @dataclass(frozen=True)
@@ -52,19 +40,6 @@ class Converted:
     files: tuple[Path, ...]
 
 
-@dataclass(frozen=True)
-class Step:
-    """Tensors that are read together, by their names in the part, and what is done to them."""
-
-    sources: tuple[str, ...]
-    to_ours: tuple[Move, ...]
-    to_theirs: tuple[Move, ...]
-
-    def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        ours = _moved(self.to_ours, tensors)
-        return _moved(self.to_theirs, ours)
-
-
 def convert(
     source: WeightSource,
     out: str | Path,
@@ -80,7 +55,7 @@ def convert(
 
     Args:
         out: File; for diffusers a folder, where the checkpoint is not one part alone.
-        to: Layout, ``vdiff``, ``diffusers``, ``sgm``, ``sat``, ``lvdm`` or ``dynamicrafter``.
+        to: Layout, ``vdiff``, ``diffusers``, ``ldm``, ``sgm``, ``sat``, ``lvdm`` or ``dynamicrafter``.
         parts: Families to take. By default all, and then every other name is an error.
         ignore: How names begin that are left out.
         weights: ``ema`` takes the exponential average where the file has one, ``raw`` does not.
@@ -109,12 +84,12 @@ def convert(
     for name in parts:
         if name not in known:
             raise ValueError(f"{source.path}: no part {name!r}.{did_you_mean(name, known)} It has: {', '.join(known)}.")
-    taken = [part for part in found.parts if not parts or part.family.name in parts]
+    taken, beside = _arranged([part for part in found.parts if not parts or part.family.name in parts], to)
     files = _files(taken, out, to)
-    plans = [_Plan(source, part, to, weights, given) for part in taken]
+    plans = [Translation(source, part, to, weights, given) for part in taken]
     targets: dict[Path, dict[str, Tensor]] = {}
     for plan, (file, prefix) in zip(plans, files, strict=True):
-        targets.setdefault(file, {}).update({prefix + name: value for name, value in plan.described().items()})
+        targets.setdefault(file, {}).update({prefix + name: value for name, value in plan.described.items()})
 
     def stream() -> Iterator[tuple[Path, str, Tensor]]:
         for plan, (file, prefix) in zip(plans, files, strict=True):
@@ -122,133 +97,61 @@ def convert(
                 yield file, prefix + name, value
 
     written = write_streamed(targets, stream(), shard_size)
-    said = tuple((p.part.family.name, p.part.layout, p.count, p.numbers, p.is_averaged) for p in plans)
-    return Converted(said, found.beside, ignored, tuple(written))
+    said = tuple((p.part.family.name, p.part.layout, len(p.described), p.numbers, p.is_averaged) for p in plans)
+    left_out = {ONLY_THERE: tuple(name for plan in plans for name in plan.left_out)} | beside
+    beside = {**found.beside, **{reason: names for reason, names in left_out.items() if names}}
+    return Converted(said, beside, ignored, tuple(written))
 
 
-class _Plan:
-    """The steps of one part."""
+def _arranged(parts: Sequence[Part], to: str) -> tuple[list[Part], dict[str, tuple[str, ...]]]:
+    """The parts as a layout has them, and what it has no place for.
 
-    def __init__(self, source: WeightSource, part: Part, to: str, weights: str, given: Mapping[str, int]) -> None:
-        self.part, self._source = part, source
-        self.is_averaged = weights == "ema" and bool(part.averaged)
-        self._names = {**part.names, **(part.averaged if self.is_averaged else {})}
-        meta = {name: source.header[full] for name, full in self._names.items()}
-        for name, full in self._names.items():
-            if meta[name].shape != source.header[part.names[name]].shape:
-                raise MismatchError(f"{source.path}: {full} has another shape than {part.names[name]}.")
-        where = f"{source.path} ({part.family.name})"
-        target = part.family.layout(to)
-        try:
-            back = part.family.layout(part.layout).table(Told(meta, given)).inverse.moves(meta)
-            ours = _moved(back, meta)
-            _check_shapes(ours, where)
-            there = target.table(Told(ours, given)).moves(ours)
-        except KeyMapError as error:
-            raise KeyMapError(f"{where}, {part.layout} to {to}: {error}") from error
-        self._steps = _joined(back, there)
-        self._dtype = Counter(value.dtype for value in meta.values()).most_common(1)[0][0]
-        self._targets = {n: v.to("meta") for step in self._steps for n, v in self._done(step, meta).items()}
-        self.count = len(self._targets)
-        self.numbers = sum(value.numel() for value in self._targets.values())
-
-    def described(self) -> dict[str, Tensor]:
-        """Names and shapes that come out, on the meta device."""
-        return self._targets
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What comes out, one step after the other."""
-        for step in self._steps:
-            tensors = {}
-            for name in step.sources:
-                tensors[name] = self._source[self._names[name]]
-                if not _is_finite(tensors[name]):
-                    raise MismatchError(
-                        f"{self._source.path}: {self._names[name]} is not finite (NaN or infinite weights); "
-                        "nothing was written."
-                    )
-            yield from self._done(step, tensors).items()
-
-    def _done(self, step: Step, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        done = step({name: tensors[name] for name in step.sources})
-        return done if step.sources else {name: value.to(self._dtype) for name, value in done.items()}
+    Stable Video Diffusion has an autoencoder for the condition and one for the data, whose encoder needs the ``quant
+    conv`` of the other; in diffusers' pipeline they are one.
+    """
+    by_slot = {part.slot: part for part in parts}
+    stage, other = by_slot.get("first_stage"), by_slot.get("condition_stage")
+    if stage is None or other is None:
+        return list(parts), {}
+    convolution = {name: full for name, full in other.names.items() if name.startswith("quant_conv.")}
+    if to == "diffusers":
+        whole = replace(stage, names={**convolution, **stage.names})
+        used = {*whole.names.values()}
+        left_out = tuple(full for full in other.names.values() if full not in used)
+        return [whole if part is stage else part for part in parts if part is not other], {NO_DECODER: left_out}
+    if stage.layout == "diffusers":
+        stage_alone = replace(stage, names={n: full for n, full in stage.names.items() if n not in convolution})
+        return [stage_alone if part is stage else part for part in parts], {}
+    return list(parts), {}
 
 
 def _files(parts: Sequence[Part], out: Path, to: str) -> list[tuple[Path, str]]:
     """Of each part, the file it goes to and what its names begin with there."""
     is_bare = len(parts) == 1 and parts[0].prefix == ""
-    if to == "diffusers" and out.suffix != ".safetensors":
-        return [(out / part.family.prefix(to) / "diffusion_pytorch_model.safetensors", "") for part in parts]
-    if out.suffix != ".safetensors":
+    if out.suffix != ".safetensors" and to != "diffusers":
         raise ValueError(f"{out}: what is written is a .safetensors file.")
-    if to == "diffusers":
-        if len(parts) > 1:
-            names = ", ".join(part.family.name for part in parts)
-            raise ValueError(f"{out}: diffusers keeps {names} in folders of their own; OUT is a folder, or --part one.")
+    if out.suffix == ".safetensors" and (is_bare or (to == "diffusers" and len(parts) == 1)):
         return [(out, "")]
-    return [(out, "" if is_bare else part.family.prefix(to)) for part in parts]
+    prefixes = [_prefix(part, to, parts) for part in parts]
+    if to != "diffusers":
+        return [(out, prefix) for prefix in prefixes]
+    if out.suffix == ".safetensors":
+        names = ", ".join(part.family.name for part in parts)
+        raise ValueError(f"{out}: diffusers keeps {names} in folders of their own; OUT is a folder, or --part one.")
+    stems = [STEMS[part.slot not in DIFFUSERS_OWN] for part in parts]
+    return [(out / prefix / f"{stem}.safetensors", "") for prefix, stem in zip(prefixes, stems, strict=True)]
 
 
-def _joined(back: Sequence[Move], there: Sequence[Move]) -> list[Step]:
-    """Moves that share a tensor, together."""
-    owner = {name: i for i, move in enumerate(back) for name in move.targets}
-    group = list(range(len(back)))
-
-    def root(i: int) -> int:
-        while group[i] != i:
-            i = group[i]
-        return i
-
-    for move in there:
-        for name in move.sources:
-            group[root(owner[name])] = root(owner[move.sources[0]])
-    ours: dict[int, list[Move]] = {}
-    theirs: dict[int, list[Move]] = {}
-    for i, move in enumerate(back):
-        ours.setdefault(root(i), []).append(move)
-    for move in there:
-        if move.sources:
-            theirs.setdefault(root(owner[move.sources[0]]), []).append(move)
-    steps = [
-        Step(tuple(name for move in moves for name in move.sources), tuple(moves), tuple(theirs.get(i, ())))
-        for i, moves in ours.items()
-    ]
-    return steps + [Step((), (), (move,)) for move in there if not move.sources]
-
-
-def _moved(moves: Sequence[Move], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    for move in moves:
-        try:
-            out |= move(*(tensors[name] for name in move.sources))
-        except RuntimeError as error:
-            shapes = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in move.sources)
-            raise MismatchError(f"{shapes}: cannot become {', '.join(move.targets)} by {move.change}.") from error
-    return out
-
-
-def _check_shapes(ours: Mapping[str, Tensor], where: str) -> None:
-    """That shapes beside each other agree; of an architecture nothing is known but its names."""
-    odd = []
-    for name, weight in ours.items():
-        bias = ours.get(name.removesuffix("weight") + "bias") if name.endswith(".weight") else None
-        if bias is not None and bias.shape != weight.shape[:1]:
-            odd.append(f"{name} {tuple(weight.shape)} and its bias {tuple(bias.shape)}")
-        for end, axis, other_end, other_axis in AGREEING:
-            other = ours.get(name.removesuffix(end) + other_end) if name.endswith(end) else None
-            if other is None or max(axis - weight.ndim, other_axis - other.ndim) >= 0:
-                continue
-            if weight.shape[axis] != other.shape[other_axis]:
-                odd.append(f"{name} {tuple(weight.shape)} and {other_end[1:]} {tuple(other.shape)}")
-    if odd:
-        more = f"; and {len(odd) - 8} more" if len(odd) > 8 else ""
-        raise MismatchError(f"{where}: wrong shapes, which contradict each other: {'; '.join(odd[:8])}{more}.")
-
-
-def _is_finite(value: Tensor) -> bool:
-    """By the least and the greatest, which are found without another tensor and are NaN if any is."""
-    if not value.is_floating_point() or not value.numel():
-        return True
-    if value.element_size() == 1:  # torch compares no float8
-        value = value.to(torch.bfloat16)
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(value))
+def _prefix(part: Part, to: str, parts: Sequence[Part]) -> str:
+    """What a part's names begin with. diffusers has a text tower alone in the second place, of SDXL's refiner."""
+    alike = [other for other in parts if other.slot == part.slot]
+    number, order = part.number, alike.index(part)
+    if part.slot == "text" and len(alike) == 1 and part.family.name == "open_clip_text":
+        has_vector = any(name.startswith(VECTOR) for other in parts if other.slot == "network" for name in other.names)
+        order = int(to == "diffusers" and has_vector)
+        number = 0 if part.layout == "diffusers" else number
+    try:
+        return part.family.prefix(to, part.slot, number, order)
+    except ValueError as error:
+        what = f"{part.family.name} ({part.prefix}*)"
+        raise KeyMapError(f"{what}: {error} Leave it out: --ignore {part.prefix}") from None

@@ -167,4 +167,4 @@ def _expression(pattern: str) -> str:
 
 def _fill(pattern: str, steps: Mapping[str, str]) -> str:
     text = pattern[:-1] + steps["rest"] if pattern.endswith("*") else pattern
-    return STEP.sub(lambda found: steps[f"step_{found[1]}"], text)
+    return STEP.sub(lambda found: steps[f"step_{found[1]}"], text) if "{" in pattern else text

@@ -120,14 +120,14 @@ def load_into(
     missing = [name for name in missing if name not in new]
     unexpected = [name for name in renamed if name not in own and not is_ignored(name)]
     odd = {
-        "of another shape or type": [f"{name}: {_spell(renamed[name])} in the file, {_spell(own[name])} in the module"
-                                     for name in both if not _fits(renamed[name], own[name])],
+        "of another shape or type": [f"{name}: {spelled(renamed[name])} in the file, {spelled(own[name])} in the module"
+                                     for name in both if not fits(renamed[name], own[name])],
         "not finite": [name for name in both if not _is_finite(renamed[name])],
     }  # fmt: skip
     if strict:
         odd = {"missing in the file": missing, "unexpected in the file": unexpected, **odd}
     if any(odd.values()):
-        raise MismatchError(_difference(where, odd, _hint(module, missing, unexpected, prefix, inflate)))
+        raise MismatchError(difference(where, odd, _hint(module, missing, unexpected, prefix, inflate)))
     is_meta = any(own[name].is_meta for name in both)
     module.load_state_dict({name: renamed[name] for name in both}, strict=False, assign=is_meta)
     return LoadReport(
@@ -169,7 +169,8 @@ def _rename(
     return renamed, outside
 
 
-def _fits(new: Tensor, old: Tensor) -> bool:
+def fits(new: Tensor, old: Tensor) -> bool:
+    """Whether a tensor may be copied into another."""
     return new.shape == old.shape and new.is_floating_point() == old.is_floating_point()
 
 
@@ -177,7 +178,8 @@ def _is_finite(value: Tensor) -> bool:
     return not value.is_floating_point() or value.is_meta or bool(value.float().isfinite().all())
 
 
-def _spell(value: Tensor) -> str:
+def spelled(value: Tensor) -> str:
+    """Shape and type in words."""
     return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
 
 
@@ -196,7 +198,8 @@ def summary(names: Iterable[str]) -> str:
     return ", ".join(words[:MAX_GROUPS]) + more
 
 
-def _difference(where: str, odd: Mapping[str, list[str]], hint: str) -> str:
+def difference(where: str, odd: Mapping[str, list[str]], hint: str) -> str:
+    """The text of an error: what is odd, by reason, and what to do."""
     lines = [f"{where or 'module'}: the weights do not fit; nothing was changed."]
     for text, names in odd.items():
         if not names:

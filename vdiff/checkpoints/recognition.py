@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from vdiff.checkpoints.families import FAMILIES, PREFIXES, Family
+from vdiff.checkpoints.families import FAMILIES, Family
 from vdiff.checkpoints.loading import summary
+from vdiff.checkpoints.places import NUMBERS, PLACES, places_in
 from vdiff.checkpoints.weights import WeightFileError
 
 # What wrappers put around names: DeepSpeed's and data-parallel training in front, torch.compile's anywhere.
@@ -31,7 +32,9 @@ BESIDE = {
     r"ref_model\..+": "a copied reference",
 }
 
-# Parts that no table leads from: known, and said by name.
+SLOTS = tuple(PLACES)  # the network first
+
+# Places of what may have no table, such as a text tower of another kind: known, and said by name.
 WITHOUT_TABLE = {
     "cond_stage_model.": "text tower",
     "conditioner.": "conditioner",
@@ -48,6 +51,15 @@ class UnknownFamilyError(WeightFileError):
 
 
 @dataclass(frozen=True)
+class Seat:
+    """What a place may be: a slot of a layout, and the embedder's number there."""
+
+    slot: str
+    layout: str
+    number: int
+
+
+@dataclass(frozen=True)
 class Part:
     """A part of a checkpoint.
 
@@ -55,13 +67,26 @@ class Part:
         prefix: As found; ``""`` where the file is this part alone.
         names: Names within the part to names in the file.
         averaged: The same to names of the exponential average, where the file has one.
+        seats: What it may be, the most likely first: some layouts write a family alike.
     """
 
     family: Family
-    layout: str
     prefix: str
     names: Mapping[str, str]
     averaged: Mapping[str, str]
+    seats: tuple[Seat, ...]
+
+    @property
+    def layout(self) -> str:
+        return self.seats[0].layout
+
+    @property
+    def slot(self) -> str:
+        return self.seats[0].slot
+
+    @property
+    def number(self) -> int:
+        return self.seats[0].number
 
 
 @dataclass(frozen=True)
@@ -110,19 +135,20 @@ def recognise(header: Mapping[str, Tensor], where: str = "checkpoint") -> Recogn
             rest[name] = full
     averages = {name: rest.pop(name) for name in list(rest) if name.startswith(EMA)}
     parts = []
-    for prefix in _prefixes():
+    folders = {family.folder: family.slots[0] for family in FAMILIES if family.folder}
+    for prefix, seats in places_in(rest, folders):
         inner = {name[len(prefix) :]: full for name, full in rest.items() if name.startswith(prefix)}
-        if inner and (found := _part(prefix, inner, averages)):
+        if found := _part(prefix, inner, averages, header, [Seat(*seat) for seat in seats]):
             parts.append(found)
             rest = {name: full for name, full in rest.items() if not name.startswith(prefix)}
-    if not parts and (found := _part("", rest, {})):
+    if not parts and (found := _part("", rest, {}, header)):
         parts, rest = [found], {}
     if not parts:
         known = ", ".join(family.name for family in FAMILIES)
         raise UnknownFamilyError(
             f"{where}: the names are of no family that is known ({known}). They begin: {summary(header) or 'nothing'}."
         )
-    parts.sort(key=lambda part: part.family.slot != "network")
+    parts = _shared(_agreeing(sorted(parts, key=lambda part: (SLOTS.index(part.slot), part.number))))
     used = {full for part in parts for full in part.averaged.values()}
     unknown = [*rest.values(), *(full for full in averages.values() if full not in used)]
     return Recognised(tuple(parts), {reason: tuple(n) for reason, n in beside.items()}, tuple(unknown))
@@ -149,21 +175,49 @@ def _clean(name: str) -> str:
     return name
 
 
-def _prefixes() -> list[str]:
-    ways = [prefix for slot in PREFIXES.values() for prefix in slot.values()]
-    return list(dict.fromkeys([*ways, *(f"{family.folder}/" for family in FAMILIES if family.folder)]))
-
-
-def _part(prefix: str, names: Mapping[str, str], averages: Mapping[str, str]) -> Part | None:
+def _part(
+    prefix: str,
+    names: Mapping[str, str],
+    averages: Mapping[str, str],
+    header: Mapping[str, Tensor],
+    seats: Iterable[Seat] | None = None,
+) -> Part | None:
+    """The family of these names, at a place of some seats or, without any, alone."""
+    tensors = {name: header[full] for name, full in names.items()}
     for family in FAMILIES:
+        here: list[Seat] = []
         for layout in family.layouts:
-            fits = all(any(re.match(mark, name) for name in names) for mark in layout.marks)
-            keeps = [n for n in (layout.name, *layout.also) if prefix in ("", family.prefix(n))]
-            if fits and keeps:
-                # LitEma drops the dots: model.diffusion_model.out.2.bias is model_ema.diffusion_modelout2bias.
-                dotless = {n: EMA + (prefix + n).removeprefix("model.").replace(".", "") for n in names}
-                averaged = {n: averages[ema] for n, ema in dotless.items() if ema in averages}
-                if len(set(averaged.values())) < len(averaged):
-                    raise UnknownFamilyError(f"{prefix}*: two names are the same in the average, which drops dots.")
-                return Part(family, keeps[0], prefix, names, averaged)
+            written = (layout.name, *layout.also)
+            alone = [Seat(family.slots[0], name, 0) for name in written]
+            may = [s for s in (alone if seats is None else seats) if s.layout in written and s.slot in family.slots]
+            here += sorted(may, key=lambda seat: written.index(seat.layout)) if may and layout.is_of(tensors) else []
+        if here:
+            # LitEma drops the dots: model.diffusion_model.out.2.bias is model_ema.diffusion_modelout2bias.
+            dotless = {n: EMA + (prefix + n).removeprefix("model.").replace(".", "") for n in names}
+            averaged = {n: averages[ema] for n, ema in dotless.items() if ema in averages}
+            if len(set(averaged.values())) < len(averaged):
+                raise UnknownFamilyError(f"{prefix}*: two names are the same in the average, which drops dots.")
+            return Part(family, prefix, names, averaged, tuple(here))
     return None
+
+
+def _agreeing(parts: list[Part]) -> list[Part]:
+    """The parts, each in the layout that all of them may be in, if there is one."""
+    layouts = [[seat.layout for seat in part.seats] for part in parts]
+    common = next((name for name in layouts[0] if all(name in others for others in layouts)), None)
+    if common is None:
+        return parts
+    return [replace(part, seats=tuple(sorted(part.seats, key=lambda seat: seat.layout != common))) for part in parts]
+
+
+def _shared(parts: list[Part]) -> list[Part]:
+    """And, in diffusers' pipeline of Stable Video Diffusion, the condition's first stage, which shares the encoder with
+    the data's."""
+    by_slot = {part.slot: part for part in parts}
+    stage, is_whole = by_slot.get("first_stage"), {"network", "picture"} <= by_slot.keys()
+    if stage is None or not is_whole or stage.family.name != "temporal_decoder" or stage.layout != "diffusers":
+        return parts
+    names = {n: full for n, full in stage.names.items() if n.startswith(("encoder.", "quant_conv."))}
+    (family,) = (family for family in FAMILIES if family.name == "autoencoder_kl")
+    seat = Seat("condition_stage", "diffusers", NUMBERS["condition_stage"])
+    return [*parts, Part(family, stage.prefix, names, {}, (seat,))]

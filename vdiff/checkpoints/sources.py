@@ -23,7 +23,7 @@ from vdiff.checkpoints.weights import (
 
 FROM_CODE = {code: dtype for dtype, code in DTYPES.items()}
 # Of a pipeline in diffusers' layout, and what the weights in one are called.
-FOLDERS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder")
+FOLDERS = ("unet", "transformer", "vae", "vqvae", "controlnet", "text_encoder", "text_encoder_2", "image_encoder")
 STEMS = ("diffusion_pytorch_model", "model")
 
 

@@ -16,7 +16,7 @@ EXAMPLES = """examples:
   vdiff describe sampler/heun
   vdiff convert outputs/digits_lora style.safetensors --mixin style
   vdiff convert style.safetensors style_peft --to peft
-  vdiff convert v1-5-pruned.ckpt sd15 --to diffusers --ignore cond_stage_model.
+  vdiff convert v1-5-pruned.ckpt sd15 --to diffusers
 """
 
 EXIT_USER_ERROR = 2
@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     convert = _command(commands, "convert", "conversion", "a checkpoint from one layout to another, or an adapter")
     convert.add_argument("source", metavar="IN", help="checkpoint, or adapter, or RUN for its adapter")
     convert.add_argument("out", metavar="OUT", help="file; for peft, and for diffusers' pipelines, a folder")
-    formats = ("vdiff", "diffusers", "sgm", "sat", "lvdm", "dynamicrafter", "peft", "kohya", "unicon")
+    formats = ("vdiff", "diffusers", "ldm", "sgm", "sat", "lvdm", "dynamicrafter", "peft", "kohya", "unicon")
     convert.add_argument("--to", choices=formats, default="vdiff", help="layout or format of OUT (vdiff)")
     convert.add_argument("--part", action="append", metavar="NAME", help="of a checkpoint, alone; repeat for several")
     convert.add_argument("--ignore", action="append", metavar="PREFIX", help="names of a checkpoint to leave out")

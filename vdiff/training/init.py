@@ -9,7 +9,18 @@ from typing import Literal
 
 from torch import nn
 
-from vdiff.checkpoints import LoadReport, find_checkpoint, load_into, read_run_weights, read_weights
+from vdiff.checkpoints import (
+    LoadReport,
+    UnknownFamilyError,
+    find_checkpoint,
+    is_pipeline,
+    load_into,
+    load_published,
+    open_weights,
+    read_run_weights,
+    read_weights,
+    recognise,
+)
 from vdiff.hooks import attached
 from vdiff.registry import did_you_mean
 
@@ -17,19 +28,24 @@ from vdiff.registry import did_you_mean
 class WeightSource:
     """One entry of ``init:``; several are loaded in order.
 
+    A published checkpoint, in its original layout or in diffusers', goes part by part to where each belongs, see
+    :func:`vdiff.checkpoints.load_published`.
+
     Args:
-        file: A weight file, or a run or checkpoint folder of vdiff.
+        file: A weight file, a run or checkpoint folder of vdiff, or a folder of diffusers'.
         into: Module that gets them, dotted from the engine: ``denoiser.network``; by default the engine.
         prefix: How names in the file begin and what to put there: ``{"model.diffusion_model.": ""}``.
-        ignore: Globs over names in the module that are left alone.
+        ignore: Globs over names in the module that are left alone. Of a published file, over names in the engine.
         strict: Whether every name must be on both sides.
         inflate: Whether the file is of an image network and goes into a network of videos made of it: what images
             have no use for stays as built, see :mod:`vdiff.checkpoints.inflation`.
         only_adapter: Name of a mixin: its own small file, read into that mixin alone.
         inside: Key in a torch file under which the weights lie.
-        weights: Of a run or checkpoint folder, ``ema`` or ``raw``.
+        weights: Of a run, a checkpoint folder or a published file, ``ema`` or ``raw``.
         config: Run file of the run that ``file`` is the folder of; :func:`vdiff.training.train` trains it first,
             unless it is there and finished.
+        leave_out: How names in a published file begin that are left out.
+        given: What a published file does not tell, see :class:`vdiff.checkpoints.architecture.Told`.
     """
 
     def __init__(
@@ -44,6 +60,8 @@ class WeightSource:
         weights: Literal["ema", "raw"] = "ema",
         config: Path | None = None,
         inflate: bool = False,
+        leave_out: list[str] | None = None,
+        given: dict[str, int] | None = None,
     ) -> None:
         if only_adapter is not None and (into or prefix or inside or inflate):
             raise ValueError("init: an adapter's file says where it belongs; leave out into, prefix, inside, inflate.")
@@ -51,6 +69,7 @@ class WeightSource:
         self.strict, self.only_adapter, self.inside, self.inflate = strict, only_adapter, inside, inflate
         self.weights: Literal["ema", "raw"] = weights
         self.config = None if config is None else Path(config)
+        self.leave_out, self.given = tuple(leave_out or ()), dict(given or {})
 
     def load(self, engine: nn.Module) -> Filled:
         """Load it.
@@ -68,9 +87,27 @@ class WeightSource:
             own = set(mixins[self.only_adapter].parameters())
             names = tuple(name for name, param in engine.named_parameters() if param in own)
             return Filled(f"{self.only_adapter} from {self.file.name}", names)
+        if self._is_published():
+            came = load_published(
+                engine, self.file, self.into, weights=self.weights, ignore=self.ignore, leave_out=self.leave_out,
+                given=self.given,
+            )  # fmt: skip
+            return Filled(str(came), came.loaded)
         report = self._load_into(engine)
         begin = f"{self.into}." if self.into else ""
         return Filled(f"{self.file.name}: {report}", tuple(begin + name for name in report.loaded))
+
+    def _is_published(self) -> bool:
+        """Whether the file is written as others do: with other names, or with more than weights."""
+        if self.prefix or self.inside or self.inflate or not self.strict:
+            return False
+        if self.file.is_dir():
+            return is_pipeline(self.file)
+        try:
+            found = recognise(open_weights(self.file).header)
+        except UnknownFamilyError:
+            return False
+        return bool(found.layout != "vdiff" or found.beside or self.leave_out)
 
     def _load_into(self, engine: nn.Module) -> LoadReport:
         try:

@@ -49,6 +49,11 @@ def autoencoder_kl(num_levels: int = 4) -> KeyMap:
     return encoder.under("encoder", "encoder") + decoder.under("decoder", "decoder") + QUANT
 
 
+def vq(num_levels: int = 3) -> KeyMap:
+    """Names of :class:`vdiff.first_stages.VQAutoencoder` to those of diffusers' ``VQModel``."""
+    return autoencoder_kl(num_levels) + KeyMap([("quantize.embedding.weight", "quantize.embedding.weight")])
+
+
 def temporal_decoder(num_levels: int = 4) -> KeyMap:
     """Names of :class:`vdiff.first_stages.TemporalDecoderAutoencoder` to diffusers'.
 

@@ -1,0 +1,81 @@
+"""``training.init`` from a published file: one line, and every part of the engine begins from it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from published import weights
+
+from vdiff.checkpoints import convert_checkpoint, open_weights, save_weights
+from vdiff.registry import build, load_config
+from vdiff.training.init import WeightSource, initialize
+
+CONFIG = Path(__file__).parents[2] / "configs" / "families" / "sd21_base.yaml"
+TEXT = "{embed_dim: 24, width: 16, heads: 2, layers: 2, context_length: 16, vocab_size: 100}"
+NUMBERS = ["channels=8", "channel_mult=[1, 2]", "num_res_blocks=1", "norm_groups=4"]
+LINES = [
+    *(f"{slot}.{line}" for slot in ("first_stage", "denoiser.network") for line in NUMBERS),
+    "denoiser.network.context_dim=12", "denoiser.network.attention_factors=[2]", "denoiser.network.head_dim=8",
+    "denoiser.network.linear_projection=false", "denoiser.network.num_classes=sequential",
+    "denoiser.network.vector_dim=6", f"conditioner.embedders.0.arch={TEXT}",
+]  # fmt: skip
+PARTS = {
+    "model.diffusion_model.": "unet",
+    "first_stage_model.": "autoencoder_kl",
+    "cond_stage_model.": "open_clip_text",
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
+
+
+@pytest.fixture
+def engine():
+    return build(load_config(CONFIG, overrides=[f"engine.{line}" for line in LINES])["engine"], "engine")
+
+
+@pytest.fixture
+def file(tmp_path):
+    tensors = {n: v for at, name in PARTS.items() for n, v in weights(name, "ldm", at).items()}
+    torch.save({"state_dict": tensors | {"betas": torch.zeros(1000)}}, tmp_path / "sd.ckpt")
+    return tmp_path / "sd.ckpt"
+
+
+def filled(engine):
+    own = engine.state_dict()
+    for prefix, name in zip(
+        ("denoiser.network.", "first_stage.", "conditioner.embedders.0."), PARTS.values(), strict=True
+    ):
+        assert all(torch.equal(own[prefix + n], v) for n, v in weights(name).items())
+
+
+def test_one_line_fills_the_engine_and_the_report_says_with_what(engine, file):
+    done = initialize(engine, [WeightSource(file)])
+    filled(engine)
+    assert done.new == () and "cond_stage_model.* -> conditioner.embedders.0: open_clip_text" in done.lines[0]
+    assert "1 tensors left out, tables of a schedule (betas)" in done.lines[0]
+
+
+def test_a_folder_of_diffusers_does_as_well(engine, file, tmp_path):
+    convert_checkpoint(open_weights(file), tmp_path / "sd", "diffusers")
+    initialize(engine, [WeightSource(tmp_path / "sd")])
+    filled(engine)
+
+
+def test_files_of_parts_are_put_where_they_belong(engine, file, tmp_path):
+    """As CogVideoX is published: one file each, here with a loss beside the autoencoder."""
+    save_weights(tmp_path / "vae.safetensors", weights("autoencoder_kl") | {"loss.logvar": torch.zeros(1)})
+    save_weights(tmp_path / "text.safetensors", weights("open_clip_text", "diffusers"))
+    sources = [
+        WeightSource(file, "denoiser.network"),
+        WeightSource(tmp_path / "vae.safetensors", "first_stage"),
+        WeightSource(tmp_path / "text.safetensors", "conditioner.embedders.0"),
+    ]
+    done = initialize(engine, sources)
+    filled(engine)
+    assert done.new == () and "the file -> first_stage: autoencoder_kl" in done.lines[1]
+
+
+def test_what_a_file_does_not_fill_is_new(engine, file):
+    done = initialize(engine, [WeightSource(file, ignore=["denoiser.network.out.2.*"])])
+    assert set(done.new) == {"denoiser.network.out.2.weight", "denoiser.network.out.2.bias"}
+    with pytest.raises(ValueError, match="missing in the file: first_stage"):
+        initialize(engine, [WeightSource(file, leave_out=["first_stage_model."])])

@@ -1,0 +1,289 @@
+"""A published checkpoint into an engine: every part to its place, tensor by tensor, strictly, and all or nothing.
+
+File and engine are recognised alike, and their parts go together by what they are for: the network, the first stage,
+the first text tower, the second. Every key of the file must arrive somewhere, and every weight of the engine come from
+somewhere, but for weights that nothing reads: a module says which these are by a method ``idle_weights()``, globs over
+the names below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vdiff.checkpoints.loading import MismatchError, difference, fits, spelled, summary
+from vdiff.checkpoints.recognition import Part, recognise
+from vdiff.checkpoints.sources import WeightSource, open_weights
+from vdiff.checkpoints.translation import Translation
+from vdiff.hooks import is_port_key
+
+ONLY_THERE = "which its layout alone has"
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A part that came.
+
+    Attributes:
+        into: Where it went, from the module.
+        family, layout, prefix: What it is, how it was written, and what its names began with.
+        names: In the module.
+        numbers: How many, in all.
+        cast: How many tensors were converted to another floating type.
+        is_averaged: Whether they are of the exponential average.
+    """
+
+    into: str
+    family: str
+    layout: str
+    prefix: str
+    names: tuple[str, ...]
+    numbers: int
+    cast: int
+    is_averaged: bool
+
+
+@dataclass(frozen=True)
+class PublishedReport:
+    """What went where.
+
+    Attributes:
+        where: The file.
+        parts: That came.
+        beside: Names in the file that nobody needs, by reason.
+        idle: Names in the module that the file lacks and nothing reads.
+        ignored: Names in the module that were to be left alone.
+        outside: Names in the file that belong elsewhere or were to be left out.
+    """
+
+    where: str
+    parts: tuple[Arrival, ...]
+    beside: Mapping[str, tuple[str, ...]]
+    idle: tuple[str, ...]
+    ignored: tuple[str, ...]
+    outside: tuple[str, ...]
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names in the module that got their weights."""
+        return tuple(name for part in self.parts for name in part.names)
+
+    def __str__(self) -> str:
+        lines = [self.where]
+        for part in self.parts:
+            more = ", the exponential average" if part.is_averaged else ""
+            more += f"; {part.cast} converted to the module's type" if part.cast else ""
+            way = f"{f'{part.prefix}*' if part.prefix else 'the file'} -> {part.into or 'the module'}"
+            what = f"{part.family} ({part.layout}), {len(part.names)} tensors, {part.numbers:,} numbers"
+            lines.append(f"{way}: {what}{more}")
+        rest = [(names, f"left out, {reason}") for reason, names in self.beside.items()]
+        rest += [(self.outside, "left out, meant for elsewhere"), (self.ignored, "left alone, as asked")]
+        rest += [(self.idle, "not in the file and kept as they are, since nothing reads them")]
+        lines += [f"{len(names)} tensors {text} ({summary(names)})" for names, text in rest if names]
+        return "\n  ".join(lines)
+
+
+def load_published(
+    module: nn.Module,
+    source: str | Path | WeightSource,
+    into: str = "",
+    *,
+    weights: str = "ema",
+    ignore: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
+    given: Mapping[str, int] | None = None,
+) -> PublishedReport:
+    """Fill an engine, or a part of one, from a checkpoint in its original layout or in diffusers'.
+
+    The file is mapped and read one tensor after the other, twice: to see that all are finite, and to copy.
+
+    Args:
+        module: The engine, or one of its networks, first stages or embedders alone. On the meta device it takes the
+            tensors as they are.
+        source: A file, an index of shards, or a folder of diffusers'.
+        into: Of the module's parts, those below this name alone; what else the file has is left out then.
+        weights: ``ema`` takes the exponential average where the file has one, ``raw`` does not.
+        ignore: Globs over names in the module that are left alone.
+        leave_out: How names in the file begin that are left out.
+        given: What names and shapes do not tell, see :class:`vdiff.checkpoints.architecture.Told`.
+
+    Raises:
+        UnknownFamilyError: the names of the file, or of the module, are of no published family.
+        KeyMapError, MismatchError: they do not fit; a readable difference. Nothing was changed then.
+    """
+    pairs, report = _fit(module, source, into, weights, ignore, leave_out, given)
+    for pair in pairs:
+        for _ in pair.tensors():  # which looks at each
+            pass
+    for pair in pairs:
+        pair.fill(module)
+    return report
+
+
+def check_published(
+    module: nn.Module, source: str | Path | WeightSource, into: str = "", *, ignore: Sequence[str] = ()
+) -> PublishedReport:
+    """What :func:`load_published` would say, by names and shapes alone; no weight is read."""
+    return _fit(module, source, into, ignore=ignore)[1]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A part of the file and the one of the module that it is for.
+
+    Attributes:
+        own: Names within the part to names in the module, of those that are filled.
+    """
+
+    translation: Translation
+    part: Part
+    own: Mapping[str, str]
+    held: Mapping[str, Tensor]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """By names in the module."""
+        for name, value in self.translation.tensors():
+            if name in self.own:
+                yield self.own[name], value
+
+    @torch.no_grad()
+    def fill(self, module: nn.Module) -> None:
+        for name, value in self.tensors():
+            if self.held[name].is_meta:
+                owner, _, leaf = name.rpartition(".")
+                is_parameter = isinstance(self.held[name], nn.Parameter)
+                trains = self.held[name].requires_grad
+                setattr(module.get_submodule(owner), leaf, nn.Parameter(value, trains) if is_parameter else value)
+            else:
+                self.held[name].copy_(value)
+        if self.part.slot not in ("network", "first_stage", "control"):
+            tower = module.get_submodule(self.part.prefix.rstrip("."))
+            tower.load_state_dict(tower.state_dict())  # an embedder forgets what it remembers when weights come
+
+    @property
+    def arrival(self) -> Arrival:
+        names, came = tuple(self.own.values()), self.translation.part
+        return Arrival(
+            self.part.prefix.rstrip("."), self.part.family.name, came.layout, came.prefix, names,
+            sum(self.held[name].numel() for name in names),
+            sum(self.held[full].dtype != self.translation.described[name].dtype for name, full in self.own.items()),
+            self.translation.is_averaged,
+        )  # fmt: skip
+
+
+def _fit(
+    module: nn.Module,
+    source: str | Path | WeightSource,
+    into: str = "",
+    weights: str = "ema",
+    ignore: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
+    given: Mapping[str, int] | None = None,
+) -> tuple[list[_Pair], PublishedReport]:
+    """How a file fills a module, or an error if it does not."""
+    source = source if isinstance(source, WeightSource) else open_weights(source)
+    where = f"{source.path}{f' into {into}' if into else ''}"
+    held = {
+        name: value
+        for name, value in module.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor) and name.startswith(f"{into}." if into else "") and not is_port_key(name)
+    }
+    put_aside = [name for name in source.header if leave_out and name.startswith(tuple(leave_out))]
+    there = recognise({n: v for n, v in source.header.items() if n not in set(put_aside)}, str(source.path))
+    here = recognise(held, f"{into or type(module).__name__}, which is to be filled")
+    ignored = {name for name in held if _any(name, ignore)}
+    idle = _idle(module)
+
+    pairs: list[_Pair] = []
+    missing, misfits = [*here.unknown], []
+    used: set[str] = set()
+    alone: set[str] = set()  # in the file, and not in the part of the module that it is for
+    for part, came in _matched(here.parts, there.parts, where):
+        if came is None:
+            missing += part.names.values()
+            continue
+        plan = Translation(source, came, "vdiff", weights, given)
+        is_shared = came.slot == "condition_stage" and came.layout == "diffusers"  # its decoder is the data's
+        own = {
+            n: full
+            for n, full in part.names.items()
+            if n in plan.described and full not in ignored and not (is_shared and _any(full, idle))
+        }
+        missing += [full for n, full in part.names.items() if n not in own]
+        taken = [n for n, full in part.names.items() if n in plan.origin and (n in own or full in ignored)]
+        used |= {came.names[inner] for n in taken for inner in plan.origin[n]} | set(plan.left_out)
+        alone |= {came.names[inner] for n in plan.described.keys() - part.names for inner in plan.origin[n]}
+        misfits += [
+            f"{full}: {spelled(plan.described[n])} in the file, {spelled(held[full])} in the module"
+            for n, full in own.items()
+            if not fits(plan.described[n], held[full])
+        ]
+        pairs.append(_Pair(plan, part, own, held))
+    unused = {file for part in there.parts for file in part.names.values()} - used | set(there.unknown)
+    is_part = bool(into) or any(part.prefix == "" for part in here.parts)
+    elsewhere = unused - alone if is_part else set()
+    absent = [name for name in missing if name not in ignored]
+    odd = {
+        "missing in the file": [name for name in absent if not _any(name, idle)],
+        "in the file and without a place": sorted(unused - elsewhere),
+        "of another shape or type": misfits,
+    }
+    if any(odd.values()):
+        hint = "Of the module, ignore=[...] (globs) leaves names alone; of the file, leave_out=[...] (how they begin) "
+        raise MismatchError(difference(where, odd, f"{hint}leaves them out; into=... fills a part alone."))
+    left_out = tuple(name for pair in pairs for name in pair.translation.left_out)
+    return pairs, PublishedReport(
+        where,
+        tuple(pair.arrival for pair in pairs),
+        {**there.beside, **({ONLY_THERE: left_out} if left_out else {})},
+        tuple(name for name in absent if _any(name, idle)),
+        tuple(sorted(ignored)),
+        (*put_aside, *sorted(elsewhere)),
+    )
+
+
+def _matched(here: Sequence[Part], there: Sequence[Part], where: str) -> Iterator[tuple[Part, Part | None]]:
+    """Each part of a module and the one of the file that is for it."""
+    free = list(there)
+    for part in here:
+        came = next((one for one in free if one.slot == part.slot), None)
+        if came is None or part.prefix == "" or came.prefix == "":  # alone, it does not say what it is for
+            came = next((one for one in free if _is_alike(one, part)), came)
+        if came is None:
+            yield part, None
+            continue
+        if not _is_alike(came, part):
+            raise MismatchError(
+                f"{where}: the weights do not fit; nothing was changed. {came.prefix or 'The file'}"
+                f"{'*' if came.prefix else ''} is {came.family.name} ({came.layout}), and "
+                f"{part.prefix.rstrip('.') or 'the module'} is {part.family.name}."
+            )
+        free.remove(came)
+        yield part, replace(came, family=part.family)
+
+
+def _is_alike(came: Part, part: Part) -> bool:
+    if came.family is part.family:
+        return True
+    # transformers' names do not tell by whom a text tower is.
+    if {came.family.slots, part.family.slots} != {("text",)} or came.layout != "diffusers":
+        return False
+    return part.family.layout("diffusers").has_marks(came.names)
+
+
+def _idle(module: nn.Module) -> tuple[str, ...]:
+    """Globs over names of weights that nothing reads."""
+    found: list[str] = []
+    for name, owner in module.named_modules():
+        said: Callable[[], Iterable[str]] = getattr(owner, "idle_weights", tuple)
+        found += [f"{name}.{glob}" if name else glob for glob in said()]
+    return tuple(found)
+
+
+def _any(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
