@@ -12,7 +12,7 @@ from torch import nn
 
 from vdiff.checkpoints import WeightFileError, read_weights, save_weights
 from vdiff.hooks import PORT, routed
-from vdiff.mixins import ControlNet, IPAdapter, LoRA, T2IAdapter
+from vdiff.mixins import ControlNet, IPAdapter, LoRA, T2IAdapter, load_mixin
 from vdiff.networks import DiT, UNet
 from vdiff.networks.transformer import CrossAttention
 from vdiff.process import Conditioning
@@ -270,6 +270,119 @@ def test_ip_files_are_read_flat_and_in_groups(ending, tmp_path):
     torch.testing.assert_close(net(x, c_noise, told), said)
 
 
+PLUS = dict(embed_dim=12, num_tokens=5, resampler=dict(depth=4, num_heads=1))  # theirs: heads of 64, four layers
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_the_resampler_of_plus_is_that_of_diffusers(dtype, tolerance):
+    diffusers = peer("diffusers")
+    ip = stirred(IPAdapter(**PLUS).attach(net := unet()), 0.3)
+    weights = {n.removeprefix("image_proj."): v for n, v in ip.state_dict().items() if n.startswith("image_proj.")}
+    twin = diffusers.UNet2DConditionModel(**TWIN | FIRST | dict(attention_head_dim=4))
+    theirs = twin._convert_ip_adapter_image_proj_to_diffusers(weights, low_cpu_mem_usage=False).to(dtype)
+    tokens = torch.randn(2, 9, 12, dtype=dtype)
+    with torch.no_grad():
+        ours, want = net.to(dtype)._port["ip_adapter"].image_proj(tokens), theirs(tokens)
+    assert ours.shape == (2, 5, 16) and ours.std() > 0.1
+    assert (difference := (ours - want).abs().max()) < tolerance, difference
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_plus_is_read_and_written_whole_and_looks_as_in_diffusers(ending, tmp_path):
+    diffusers, net, (x, c_noise, text) = peer("diffusers"), unet(), inputs()
+    plain, seen = copy.deepcopy(net), torch.randn(2, 9, 12)
+    ip = stirred(IPAdapter(**PLUS, scale=0.6).attach(net), 0.3)
+    weights = {name: value.clone() for name, value in ip.state_dict().items()}
+    groups = {"image_proj": {}, "ip_adapter": {}}
+    for name, value in weights.items():
+        group, _, rest = name.partition(".")
+        groups[group][rest] = value
+    base = diffusers.UNet2DConditionModel(**TWIN | FIRST | dict(attention_head_dim=4)).eval()
+    base.load_state_dict(to_diffusers(plain, per=2))
+    base._load_ip_adapter_weights([groups], low_cpu_mem_usage=False)
+    for processor in base.attn_processors.values():
+        if hasattr(processor, "scale"):
+            processor.scale = [0.6]
+    told = Conditioning({"cross_attention": text, "ip_adapter": seen})
+    with torch.no_grad():
+        want = base(x, c_noise, text, added_cond_kwargs={"image_embeds": [seen[:, None]]}).sample
+        ours = net(x, c_noise, told)
+    assert (want - plain(x, c_noise, Conditioning({"cross_attention": text}))).abs().max() > 1e-3
+    torch.testing.assert_close(ours, want, rtol=0, atol=1e-5)
+    file = tmp_path / f"plus.{ending}"
+    torch.save(groups, file) if ending == "bin" else ip.write(file)
+    ip.detach()
+    again = IPAdapter(**PLUS, scale=0.6)
+    again.read(file)
+    again.attach(net)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in weights.items())
+    assert torch.equal(net(x, c_noise, told), ours)
+
+
+@pytest.mark.parametrize(
+    "host, arguments, widths",
+    [
+        (dict(num_heads=8, context_dim=768), {}, (768, 768, 768)),
+        (
+            dict(
+                channel_mult=(1, 2, 4), attention_factors=(2, 4), head_dim=64, transformer_depth=(1, 2, 10),
+                linear_projection=True, context_dim=2048,
+            ), dict(dim=1280, num_heads=20), (1280, 1280, 2048),
+        ),
+    ],
+)  # fmt: skip
+def test_plus_has_the_sizes_of_published_files(host, arguments, widths):
+    """ip-adapter-plus of Stable Diffusion 1 and of SDXL, over the 1280 wide tokens of ViT-H."""
+    with torch.device("meta"):
+        ip = IPAdapter(embed_dim=1280, num_tokens=16, resampler=arguments).attach(UNet(4, 4, 320, **host))
+    dim, inner, out = widths
+    assert {
+        "image_proj.latents": (1, 16, dim), "image_proj.proj_in.weight": (dim, 1280),
+        "image_proj.layers.3.0.to_kv.weight": (2 * inner, dim), "image_proj.layers.3.1.1.weight": (4 * dim, dim),
+        "image_proj.proj_out.weight": (out, dim), "image_proj.norm_out.bias": (out,),
+    }.items() <= {name: tuple(value.shape) for name, value in ip.state_dict().items()}.items()  # fmt: skip
+
+
+def test_a_file_that_makes_its_tokens_otherwise_says_how_it_is_built(tmp_path):
+    file, net = tmp_path / "ip.safetensors", small()
+
+    def written(**arguments):
+        ip = IPAdapter(**arguments).attach(net)
+        ip.write(file)
+        ip.detach()
+
+    written(embed_dim=12, num_tokens=5, resampler={"num_heads": 3, "depth": 2})
+    with pytest.raises(
+        WeightFileError,
+        match=r"is an IPAdapter\(embed_dim=12, num_tokens=5, resampler={'dim': 6, 'depth': 2, 'num_heads': 3}\)",
+    ):
+        IPAdapter(embed_dim=12).read(file)
+    IPAdapter(embed_dim=None).read(file)
+    written(embed_dim=12, num_tokens=3)
+    with pytest.raises(WeightFileError, match=r"is an IPAdapter\(embed_dim=12, num_tokens=3\)"):
+        IPAdapter(embed_dim=12, resampler={}).read(file)
+    weights = {n.replace("proj.weight", "proj.0.weight"): v for n, v in read_weights(file).items()}
+    save_weights(file, weights)
+    with pytest.raises(WeightFileError, match="neither a linear projection nor a resampler"):
+        IPAdapter(embed_dim=12).read(file)
+    with pytest.raises(ValueError, match="a resampler takes dim, depth, .*; got width and embed_dim=1024"):
+        IPAdapter(resampler={"width": 3})
+    with pytest.raises(ValueError, match="embed_dim=None"):
+        IPAdapter(embed_dim=None, resampler={})
+
+
+def test_a_saved_plus_is_built_again_from_its_file(tmp_path):
+    net, (x, c_noise, cond) = small(), little(ip_adapter=torch.randn(2, 9, 12))
+    ip = stirred(IPAdapter(embed_dim=12, num_tokens=5, resampler={"num_heads": 3, "depth": 2}).attach(net))
+    said = net(x, c_noise, cond)
+    ip.save(tmp_path / "ip.safetensors")
+    ip.detach()
+    load_mixin(tmp_path / "ip.safetensors").attach(net)
+    assert torch.equal(net(x, c_noise, cond), said)
+    with pytest.raises(ValueError, match=r"a picture is \(B, n, 12\), got \(2, 12\)"):
+        net(x, c_noise, cond.with_(tensors={**cond.tensors, "ip_adapter": torch.randn(2, 12)}))
+
+
 def test_a_transformer_looks_at_pictures_too_and_from_zero_changes_nothing():
     net = stirred(DiT(1, 1, 8, 2, 2, context_dim=6), 0.3).eval()
     x, c_noise, cond = little(ip_adapter=torch.randn(2, 12))
@@ -307,7 +420,7 @@ def test_errors_say_what_is_missing_and_what_does_not_fit(tmp_path):
     ):
         net(x, c_noise, Conditioning({"cross_attention": cond["cross_attention"]}))
     control.detach()
-    with pytest.raises(ValueError, match="DiT.*matches 'type:UNet'"):
+    with pytest.raises(ValueError, match="DiT.*matches 'role:unet'"):
         ControlNet().attach(DiT(1, 1, 8, 1, 2))
     with pytest.raises(ValueError, match="without cross-attention"):
         IPAdapter().attach(DiT(1, 1, 8, 1, 2))

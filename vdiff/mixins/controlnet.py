@@ -1,24 +1,32 @@
-"""ControlNet: a trained copy of a UNet's encoder that looks at a hint, and adds to what the decoder is handed."""
+"""ControlNet: a trained copy of a UNet's encoder that looks at a hint, and adds to what the decoder is handed.
+
+A copy of the network as far as its middle, whatever it is a network of: pictures, or videos, whose frames are rows, so
+that each has a hint of its own and layers over time see all of them.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vdiff.checkpoints import WeightFileError, read_weights, save_weights
+from vdiff.checkpoints import WeightFileError, open_weights, read_part, save_weights, translated
 from vdiff.hooks import On, Part, bare_copy
 from vdiff.mixins.base import Mixin
 from vdiff.mixins.conditioned import ConditionedPart
-from vdiff.networks import UNet
+from vdiff.mixins.unets import check_unet, hint_rows
 from vdiff.networks.layers import zeroed
+from vdiff.networks.transformer import repeated
+from vdiff.networks.unet_stages import encode
 from vdiff.process import Conditioning
 
-PREFIX = "control_model."  # how the names of its weights begin here and in published files
+PREFIX = "control_model."  # how the names of its weights begin here and in the authors' files
+DECODER = ("output_blocks", "out", "id_predictor")  # what the copy does without
+DIFFUSERS_FACTOR = 8  # of hints in diffusers' layout, whatever the weights
 
 
 class ControlNet(Mixin, name="controlnet"):
@@ -30,16 +38,17 @@ class ControlNet(Mixin, name="controlnet"):
 
     Args:
         reads: The condition that holds the hint, ``(B, hint_channels, f H, f W)`` for an ``(H, W)`` of the network,
-            in [0, 1] for published weights; by default the mixin's name.
+            in [0, 1] for published weights of images; by default the mixin's name. For a video
+            ``(B, hint_channels, F, f H, f W)``, or one hint for all frames.
         hint_channels, hint_factor: Of the hint; the factor f is 1, 2, 4 or 8.
         guess: Weaker where the network is shallow, from a tenth up to all of it; then a prompt is not needed. The
             original gives the unconditional branch none of it: ``cond.null.gated(controlnet=0)``.
-        pool: Add the average over the picture, as models for style do.
-        on: UNets.
+        pool: Add the average over the picture, or over each frame, as models for style do.
+        on: UNets of pictures or videos.
         name, scale: See :class:`Mixin`.
 
     References:
-        Zhang et al., arXiv:2302.05543.
+        Zhang et al., arXiv:2302.05543; for Stable Video Diffusion, svd-temporal-controlnet by CiaraStrawberry.
     """
 
     def __init__(
@@ -49,7 +58,7 @@ class ControlNet(Mixin, name="controlnet"):
         hint_factor: int = 8,
         guess: bool = False,
         pool: bool = False,
-        on: On = "type:UNet",
+        on: On = "role:unet",
         name: str | None = None,
         scale: float = 1.0,
     ) -> None:
@@ -60,44 +69,62 @@ class ControlNet(Mixin, name="controlnet"):
         self.guess, self.pool = guess, pool
 
     def part(self, module: nn.Module, site: str) -> ControlNetPart:
-        if not isinstance(module, UNet):
-            raise ValueError(f"ControlNet: {site or 'the module itself'} is a {type(module).__name__}, not a UNet.")
+        check_unet(module, site, "ControlNet")
         return ControlNetPart(module, self.reads, self.hint_channels, self.hint_factor, self.guess, self.pool)
 
     def read(self, file: str | Path) -> None:
-        """Weights in the published layout, ``control_model.*``, alone or beside a whole model's.
+        """Weights as published, alone or beside a whole model's, told by their names: the authors' (``zero_convs.*``,
+        below ``control_model.`` or not), or diffusers' and svd-temporal-controlnet's (``controlnet_down_blocks.*``).
 
         Raises:
             WeightFileError: none of them are in the file.
-            ValueError: they do not fit the host.
+            KeyMapError: names beside them that neither layout has.
+            ValueError: they do not fit the host, or a ``hint_factor`` that their layout has not.
         """
-        weights = read_weights(file)
-        if not any(name.startswith(PREFIX) for name in weights):
-            weights = {PREFIX + name: value for name, value in weights.items()}
-        weights = {name: value for name, value in weights.items() if name.startswith(PREFIX)}
-        if f"{PREFIX}input_hint_block.0.weight" not in weights:
-            raise WeightFileError(f"{file}: holds no ControlNet; looked for {PREFIX}input_hint_block.0.weight.")
-        self.load_state_dict(weights)
+        found = read_part(open_weights(file), "control")
+        if found is None:
+            raise WeightFileError(
+                f"{file}: holds no ControlNet; looked for {PREFIX}input_hint_block.0.weight and, in diffusers' layout, "
+                "controlnet_cond_embedding.conv_in.weight."
+            )
+        layout, weights = found
+        self._check_factor(layout, str(file))
+        self.load_state_dict({PREFIX + name: value for name, value in weights.items()})
 
-    def write(self, file: str | Path) -> None:
-        """Its weights in the published layout."""
-        save_weights(file, self.state_dict())
+    def write(self, file: str | Path, layout: str = "vdiff") -> None:
+        """Its weights in a published layout: ``vdiff`` or ``sgm``, which are the authors' names, or ``diffusers``.
+
+        Raises:
+            ValueError: not such a layout, or one that has no place for this network or ``hint_factor``.
+        """
+        self._check_factor(layout, repr(self.name))
+        weights = {name.removeprefix(PREFIX): value for name, value in self.state_dict().items()}
+        begin = "" if layout == "diffusers" else PREFIX
+        save_weights(file, {begin + name: value for name, value in translated(weights, layout, str(file)).items()})
+
+    def _check_factor(self, layout: str, where: str) -> None:
+        if layout == "diffusers" and self.hint_factor != DIFFUSERS_FACTOR:
+            raise ValueError(
+                f"ControlNet: {where} is in diffusers' layout, where a hint is {DIFFUSERS_FACTOR} times as large as x, "
+                f"and hint_factor is {self.hint_factor}."
+            )
 
 
 class ControlNetPart(ConditionedPart):
     """At a UNet: the copied encoder with the hint's own in front and convolutions behind, as ``control_model``."""
 
     def __init__(
-        self, host: UNet, reads: str | None, hint_channels: int, hint_factor: int, guess: bool, pool: bool
+        self, host: Any, reads: str | None, hint_channels: int, hint_factor: int, guess: bool, pool: bool
     ) -> None:
         super().__init__(reads)
         self.hint_channels, self.hint_factor, self.guess, self.pool = hint_channels, hint_factor, guess, pool
-        net = bare_copy(host, {host.output_blocks: nn.ModuleList(), host.out: nn.Identity()}).requires_grad_(True)
-        widths = skip_widths(net)
+        decoder = [module for name in DECODER if (module := getattr(host, name, None)) is not None]
+        net = bare_copy(host, {module: nn.Sequential() for module in decoder}).requires_grad_(True)
+        widths, dtype = skip_widths(net), next(net.parameters()).dtype
         net.input_hint_block = _hint_encoder(hint_channels, hint_factor, widths[0])
         net.zero_convs = nn.ModuleList(nn.Sequential(zeroed(nn.Conv2d(width, width, 1))) for width in widths)
         net.middle_block_out = nn.Sequential(zeroed(nn.Conv2d(widths[-1], widths[-1], 1)))
-        self.control_model: UNet = net
+        self.control_model: Any = net.to(dtype)
 
     def hands_at(self, module: nn.Module) -> dict[str, Part]:
         skips = len(self.control_model.input_blocks)
@@ -111,23 +138,11 @@ class ControlNetPart(ConditionedPart):
 
     def said(self, value: Tensor, x: Tensor, c_noise: Tensor, cond: Conditioning) -> Sequence[Tensor]:
         net = self.control_model
-        size = tuple(n * self.hint_factor for n in x.shape[2:])
-        if value.shape[1:] != (self.hint_channels, *size):
-            raise ValueError(
-                f"ControlNet {self.mixin_name!r}: a hint for {tuple(x.shape[2:])} is (B, {self.hint_channels}, "
-                f"{size[0]}, {size[1]}), got {tuple(value.shape)}."
-            )
-        h = net._with_concat(x, cond)
-        emb = net._embedding(c_noise, cond, x.dtype)
-        context = None if net.context_dim is None else net.needed(cond, "cross_attention")
-        mask = cond.masks.get("cross_attention")
-        hint = cast(nn.Module, net.input_hint_block)(value.to(x.dtype))
-        said = []
-        for i, (block, zero) in enumerate(zip(net.input_blocks, cast(nn.ModuleList, net.zero_convs), strict=True)):
-            h = block(h, emb, context, mask)
-            h = h + hint if i == 0 else h
-            said.append(zero(h))
-        said.append(cast(nn.Module, net.middle_block_out)(net.middle_block(h, emb, context, mask)))
+        rows = hint_rows(value, x, self.hint_channels, self.hint_factor, f"ControlNet {self.mixin_name!r}")
+        h, told = net.begin(x, c_noise, cond)
+        hint = net.input_hint_block(rows.to(x.dtype))
+        h, skips = encode(net, h + repeated(hint, len(h)), told)
+        said = [zero(skip) for zero, skip in zip(net.zero_convs, skips, strict=True)] + [net.middle_block_out(h)]
         return [one.mean((2, 3), keepdim=True) for one in said] if self.pool else said
 
 
@@ -159,7 +174,7 @@ def _hint_encoder(channels: int, factor: int, width: int) -> nn.Sequential:
     return nn.Sequential(*layers, zeroed(nn.Conv2d(256, width, 3, padding=1)))
 
 
-def skip_widths(net: UNet) -> list[int]:
+def skip_widths(net: Any) -> list[int]:  # noqa: ANN401  # whatever is a UNet
     """Channels behind every block of the encoder."""
     widths: list[int] = []
     for block in net.input_blocks:
