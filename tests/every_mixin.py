@@ -169,7 +169,13 @@ def given(host, names, rows=2, **options):
     return x, torch.linspace(0.3, 0.7, rows), Conditioning(tensors, gates=gates, partners=partners)
 
 
+@torch.no_grad()
 def ask(module, host, *names, **options):
+    """What :func:`said` is, for looking at."""
+    return said(module, host, *names, **options)
+
+
+def said(module, host, *names, **options):
     """What the host says, with the conditions that the mixins of these names bring along."""
     if host == "tower":
         return module(torch.tensor([[0, 3, 8]]))

@@ -54,10 +54,7 @@ def compiled_agrees(net, host, names, is_plain_first):
 
 @pytest.mark.parametrize(
     "host",
-    [
-        h if h in ("unet", "dit", "video_dit", "cogvideox") else pytest.param(h, marks=pytest.mark.slow)
-        for h in TOGETHER
-    ],
+    [h if h in ("unet", "dit", "cogvideox") else pytest.param(h, marks=pytest.mark.slow) for h in TOGETHER],
 )
 def test_one_graph_holds_them_all_and_attaching_after_compiling_takes_effect(host, net):
     assert {"lora", "joint_attention", "pag", "skip_layer", "adapter", "record"} <= set(TOGETHER[host])

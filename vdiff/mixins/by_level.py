@@ -17,7 +17,8 @@ class ByLevel(Mixin):
     """Multiplies the gate of another mixin by a function of sigma / alpha.
 
     It sits at the denoiser, the one place that is told the level, and asks for more or less of ``mixin`` row by row.
-    So it acts in training and under every sampler and guider, and costs no synchronisation and no graph of its own::
+    So it acts in training and under every sampler and guider, and costs no synchronisation and no graph of its own. A
+    video has one level; one per frame is an error::
 
         lora.attach(engine)
         ByLevel("lora", {0.3: 0.0, 3.0: 1.0}).attach(engine)  # composition only: nothing below 0.3, all above 3

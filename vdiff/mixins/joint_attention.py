@@ -28,6 +28,9 @@ class JointAttention(Mixin):
     With P partners per row, ``(B, P)``, their terms are added. The mixin's gate weighs the term row by row, ``(B,)``,
     or partner by partner, ``(B, P)``.
 
+    Partners are whole samples. Of a video in a UNet each frame looks at the same frame of its partner, and layers over
+    time are left alone; in transformers over all frames every token looks at all of the partner's.
+
     Other mixins on the host's projections act on both terms, each row's tokens under that row's gates: a LoRA that is
     gated to the second stream changes its queries, and its keys and values wherever they are looked at. Those in
     ``own`` act on the joint term alone, and no others do there.

@@ -209,8 +209,8 @@ class SkipLayerPart(PerturbationPart):
 
 
 def checked_text(text: int, who: str) -> int:
-    if text < 0:
-        raise ValueError(f"{who}: text is how many tokens stand in front of the picture's, got {text}.")
+    if not isinstance(text, int) or text < 0:
+        raise ValueError(f"{who}: text is how many tokens stand in front of the picture's, got {text!r}.")
     return text
 
 
