@@ -53,7 +53,9 @@ def test_prompts_are_taken_in_turn(run, tmp_path):
 def test_a_negative_prompt_is_moved_away_from(run):
     words = ["--num", "2", "--prompt", "a handwritten three", "--guidance", "3"]
     plain, empty, other = (samples(run, *words, *more) for more in ([], ["--negative", ""], ["--negative", "an 8"]))
-    assert torch.allclose(plain, empty, atol=1e-5)  # the null of this run is the empty prompt
+    # The null of this run is the empty prompt. Samples of an untrained network reach 140 before they are clipped, where
+    # a float32 has steps of 1.5e-5, and the two are embedded in batches of different sizes (6e-7 apart).
+    assert torch.allclose(plain, empty, atol=2e-4)
     assert not torch.allclose(plain, other, atol=1e-3)
 
 
