@@ -90,6 +90,72 @@ def test_svd_samples_in_small_and_guides_pictures_alone():
     assert (cond.null["concat"] == 0).all() and (cond.null["cross_attention"] == 0).all()
 
 
+UNET = [
+    *(f"denoiser.network.{x}" for x in ("channels=16", "channel_mult=[1, 2]", "attention_factors=[1]")),
+    *(f"denoiser.network.{x}" for x in ("norm_groups=8", "num_res_blocks=1", "context_dim=16")),
+]  # fmt: skip
+VAE = ["channels=8", "norm_groups=8", "num_res_blocks=1", "channel_mult=[1, 2]"]
+CLIP = "{hidden_size: 16, intermediate_size: 16, num_hidden_layers: 2, num_attention_heads: 2, projection_dim: 16}"
+TEXT = "{embed_dim: 16, width: 16, heads: 2, layers: 2}"
+EYE = "{embed_dim: 16, width: 32, head_width: 16, layers: 1, patch_size: 8, image_size: 16}"
+T5 = "{d_model: 16, d_ff: 16, num_layers: 1, num_heads: 2, d_kv: 8, vocab_size: 99, feed_forward_proj: gated-gelu}"
+WORDS, PICTURE = {"caption": ["a cat", "a dog"]}, torch.rand(2, 3, 16, 16) * 2 - 1
+SIZES = {name: torch.full((2, 2), 16.0) for name in ("original_size", "crop_top_left", "target_size")}
+# Family: how it is made small, and what it is told.
+SMALL = {
+    "sd15_inpainting": (
+        [*UNET, "denoiser.network.num_heads=2", f"conditioner.embedders.0.arch={CLIP}", "sample_shape=[3, 16, 16]"],
+        WORDS | {"mask": torch.ones(2, 1, 8, 8), "masked_image": PICTURE},
+    ),
+    "sdxl_base": (
+        [
+            *UNET, "denoiser.network.context_dim=32", "denoiser.network.transformer_depth=1",
+            "denoiser.network.head_dim=8", "denoiser.network.vector_dim=1552", "sample_shape=[3, 16, 16]",
+            f"conditioner.embedders.0.arch={CLIP}", f"conditioner.embedders.1.arch={TEXT}",
+        ],
+        WORDS | SIZES,
+    ),
+    "dynamicrafter_1024": (
+        [
+            *UNET, "denoiser.network.head_dim=8", "denoiser.network.image_tokens=4", "sample_shape=[3, 2, 16, 16]",
+            f"conditioner.embedders.0.arch={TEXT}", f"conditioner.embedders.1.tower.arch={EYE}",
+            "conditioner.embedders.1.frames=2", "conditioner.embedders.3.frames=2",
+            "conditioner.embedders.1.resampler={in_dim: 32, out_dim: 16, num_queries: 8, dim: 16, depth: 1, "
+            "num_heads: 2, head_dim: 8}",
+        ],
+        WORDS | {"image": PICTURE, "stride": torch.full((2,), 10.0)},
+    ),
+    "cogvideox_5b_i2v": (
+        [
+            f"conditioner.embedders.0.arch={T5}", "conditioner.embedders.0.length=6",
+            "conditioner.embedders.1.frames=2",
+            *(f"denoiser.network.{x}" for x in ("width=32", "depth=1", "num_heads=2", "text_dim=16", "text_length=6")),
+            "denoiser.network.trained_size=[8, 8]", "denoiser.network.learned_size=[2, 8, 8]",
+            "first_stage.time_factor=2", "sample_shape=[3, 3, 16, 16]",
+        ],
+        {"caption": torch.tensor([[5, 6, 1], [7, 1, 0]]), "image": PICTURE[:, :, None]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
+@pytest.mark.parametrize("family", SMALL)
+def test_families_sample_in_small_and_guidance_moves_what_it_should(family):
+    lines, fields = SMALL[family]
+    lines = [*lines, *(f"first_stage.{line}" for line in VAE), "sampler.num_steps=2"]
+    file = ROOT / "configs" / "families" / f"{family}.yaml"
+    engine = build(load_config(file, overrides=[f"engine.{line}" for line in lines])["engine"], "engine").eval()
+    for param in engine.denoiser.network.parameters():
+        if not param.any():  # a new network says zero
+            torch.nn.init.normal_(param, std=0.1)
+    out = engine.sample(fields, num=2)
+    assert out.shape == (2, *engine.sample_shape) and torch.isfinite(out).all()
+    cond = engine.conditioner(fields)
+    assert not torch.equal(cond["cross_attention"], cond.null["cross_attention"])
+    if "concat" in cond:
+        assert torch.equal(cond["concat"], cond.null["concat"])
+
+
 def test_svd_is_told_and_read_as_published():
     """Of x0 + s noise: c_skip 1 / (s^2 + 1), c_out -s / sqrt(s^2 + 1), c_in 1 / sqrt(s^2 + 1), c_noise ln(s) / 4."""
     config = load_config(ROOT / "configs" / "families" / "svd.yaml")["engine"]

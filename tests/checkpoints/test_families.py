@@ -184,12 +184,18 @@ def test_torch_files_and_deepspeeds_are_read(envelope, tmp_path):
     assert same(read_weights(tmp_path / "b.safetensors"), weights("cogvideox", prefix="denoiser.network."))
 
 
-def test_a_pipelines_folders_may_hold_torch_files(tmp_path):
+def test_a_pipelines_folders_may_hold_torch_files_and_halves(tmp_path):
     for folder, name in (("unet", "unet"), ("vae", "autoencoder_kl")):
         (tmp_path / "in" / folder).mkdir(parents=True)
         torch.save(weights(name, "diffusers"), tmp_path / "in" / folder / "diffusion_pytorch_model.bin")
+    (tmp_path / "in" / "text_encoder").mkdir()
+    torch.save(weights("clip_text", "diffusers"), tmp_path / "in" / "text_encoder" / "pytorch_model.bin")
+    half = {n: v.half() for n, v in weights("open_clip_text", "diffusers").items()}
+    save_weights(tmp_path / "in" / "text_encoder_2" / "model.fp16.safetensors", half)
     convert(tmp_path / "in", tmp_path / "b.safetensors", "sgm")
     whole = weights("unet", "sgm", LDM) | weights("autoencoder_kl", "sgm", STAGE)
+    whole |= weights("clip_text", "sgm", "conditioner.embedders.0.")
+    whole |= {n: v.half() for n, v in weights("open_clip_text", "sgm", "conditioner.embedders.1.").items()}
     assert same(read_weights(tmp_path / "b.safetensors"), whole)
 
 

@@ -1,11 +1,18 @@
 """Pictures as conditions: latents with keyed noise, its level told, frames filled."""
 
+import copy
+
 import pytest
 import torch
 
 from vdiff.conditioners import EmbedderConditioner, FieldEmbedder, ImageLatentsEmbedder, ScalarFourierEmbedder
-from vdiff.first_stages import IdentityFirstStage
+from vdiff.denoisers import EpsilonDenoiser
+from vdiff.engine import DiffusionEngine
+from vdiff.first_stages import AutoencoderKL, IdentityFirstStage
+from vdiff.losses import MSELoss
 from vdiff.networks import sinusoidal
+from vdiff.process import ScaledLinearSchedule, UniformIndexSigmaSampler
+from vdiff.samplers import DDIMSampler
 
 
 def batch(rows=6, **more):
@@ -103,3 +110,37 @@ def test_a_field_goes_through_as_it_is():
     made = EmbedderConditioner([FieldEmbedder("fps", absent=-1.0)]).eval()
     cond = made({"fps": torch.tensor([8.0, 24.0])})
     assert cond["fps"].tolist() == [8, 24] and cond.null["fps"].tolist() == [-1, -1]
+
+
+def test_the_null_may_be_the_same_and_latents_may_be_scaled():
+    given = {"image": batch()["image"]}
+    cond = EmbedderConditioner([embedder(noised="nothing", null="same", scale=2.0)]).eval()(given)
+    assert torch.equal(cond["concat"], 2 * given["image"]) and torch.equal(cond.null["concat"], cond["concat"])
+    with pytest.raises(ValueError, match="nothing to drop to"):
+        embedder(null="same", drop=0.1)
+
+
+def test_without_a_first_stage_of_its_own_it_goes_through_the_engines():
+    """Which holds it once, in memory and in the file; a copy has its own."""
+    made = ImageLatentsEmbedder(noised="nothing")
+    with pytest.raises(ValueError, match="no first stage; give one, or put the embedder into an engine"):
+        made.encode(batch()["image"])
+    stage = AutoencoderKL(in_channels=1, channels=8, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4, scale=3.0)
+    engine = DiffusionEngine(
+        "image",
+        EpsilonDenoiser(torch.nn.Identity()),
+        ScaledLinearSchedule(),
+        UniformIndexSigmaSampler(),
+        MSELoss(),
+        DDIMSampler(),
+        EmbedderConditioner([made]),
+        stage,
+    )
+    pixels = batch()["image"]
+    assert torch.equal(made.encode(pixels), stage.encode(pixels))
+    assert not made.state_dict() and len(engine.state_dict()) == len(stage.state_dict())
+    other = copy.deepcopy(engine)
+    torch.nn.init.zeros_(other.first_stage.quant_conv.weight)
+    copied = other.conditioner.embedders[0]
+    assert torch.equal(copied.encode(pixels), other.first_stage.encode(pixels))
+    assert not torch.equal(copied.encode(pixels), made.encode(pixels))

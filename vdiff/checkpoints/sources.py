@@ -24,7 +24,8 @@ from vdiff.checkpoints.weights import (
 FROM_CODE = {code: dtype for dtype, code in DTYPES.items()}
 # Of a pipeline in diffusers' layout, and what the weights in one are called.
 FOLDERS = ("unet", "transformer", "vae", "vqvae", "controlnet", "text_encoder", "text_encoder_2", "image_encoder")
-STEMS = ("diffusion_pytorch_model", "model")
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".fp16.safetensors")
 
 
 class WeightSource:
@@ -113,7 +114,7 @@ def _mapped(file: Path) -> dict[str, Tensor]:
 
 
 def _weights_in(folder: Path) -> Path | None:
-    files = [f"{stem}{end}" for stem in STEMS for end in (".safetensors", ".safetensors.index.json", ".bin")]
+    files = [f"{stem}{end}" for stem in STEMS for end in ENDINGS]
     return next((folder / file for file in files if (folder / file).is_file()), None)
 
 
