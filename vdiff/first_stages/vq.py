@@ -24,9 +24,9 @@ class Codebook(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Index of the nearest word for each vector of ``(B, dim, ...)``, ``(B, ...)``."""
         flat = z.movedim(1, -1)
+        dtype = torch.promote_types(z.dtype, torch.float32)  # of distances, as under autocast
         rows = flat.reshape(-1, flat.shape[-1])
-        distance = torch.cdist(rows, self.embedding.weight.to(z.dtype))  # in float32 under autocast
-        return distance.argmin(-1).view(flat.shape[:-1])
+        return torch.cdist(rows.to(dtype), self.embedding.weight.to(dtype)).argmin(-1).view(flat.shape[:-1])
 
     def words(self, index: Tensor) -> Tensor:
         """The words at ``(B, ...)``, ``(B, dim, ...)``."""

@@ -94,16 +94,19 @@ class CausalUpsample(nn.Module):
 
 def like(z: Tensor, shape: torch.Size, chunk: Chunk) -> Tensor:
     """``z`` repeated to the frames, height and width of ``shape``, ``(B, D, F, H, W)``."""
+    frames, *sides = size = shape[2:]
+    if z.shape[2:] == size:
+        return z
     first, rest = _apart(z, chunk)
-    frames, height, width = shape[2:]
-    counts = first.shape[2], frames - first.shape[2]
-    parts = [(part, (n, height, width)) for part, n in zip((first, rest), counts, strict=True) if n]
-    return torch.cat([F.interpolate(part, size=size) for part, size in parts], dim=2)
+    if z.shape[2] == frames or not first.shape[2]:  # all frames alike
+        return F.interpolate(z, size=size)
+    parts = F.interpolate(first, size=(1, *sides)), F.interpolate(rest, size=(frames - 1, *sides))
+    return torch.cat(parts, dim=2)
 
 
-def _apart(x: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+def _apart(x: Tensor, chunk: Chunk) -> tuple[Tensor, ...]:
     """The frame that stands for itself, if the chunk has one, and the others."""
-    return x[:, :, : int(chunk.is_first)], x[:, :, int(chunk.is_first) :]
+    return x.split((int(chunk.is_first), x.shape[2] - int(chunk.is_first)), dim=2)
 
 
 def _by_frame(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

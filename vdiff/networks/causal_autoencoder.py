@@ -38,7 +38,8 @@ class LatentNorm(nn.Module):
     def forward(self, x: Tensor, z: Tensor | None, chunk: Chunk) -> Tensor:
         assert z is not None
         # Both look at a voxel alone, so they may come before the latent is repeated, at a fraction of the cost.
-        scale, shift = (like(conv(z, chunk), x.shape, chunk) for conv in (self.conv_y, self.conv_b))
+        told = torch.cat([self.conv_y(z, chunk), self.conv_b(z, chunk)], dim=1)
+        scale, shift = like(told, x.shape, chunk).chunk(2, dim=1)
         return torch.addcmul(shift, self.norm_layer(x), scale)
 
 

@@ -67,11 +67,16 @@ Pair = tuple[Tensor, Tensor]  # for text and for video
 
 def _modulated(x: Tensor, shift: Pair, scale: Pair, num_text: int) -> Tensor:
     """``x * (1 + scale) + shift``."""
-    parts = x[:, :num_text], x[:, num_text:]
+    parts = _parts(x, num_text)
     return torch.cat([torch.addcmul(b, part, 1 + s) for part, b, s in zip(parts, shift, scale, strict=True)], dim=1)
 
 
 def _gated(x: Tensor, gate: Pair, h: Tensor, num_text: int) -> Tensor:
     """``x + gate * h``."""
-    parts = (x[:, :num_text], h[:, :num_text]), (x[:, num_text:], h[:, num_text:])
-    return torch.cat([torch.addcmul(a, g, b) for (a, b), g in zip(parts, gate, strict=True)], dim=1)
+    parts = zip(_parts(x, num_text), gate, _parts(h, num_text), strict=True)
+    return torch.cat([torch.addcmul(*part) for part in parts], dim=1)
+
+
+def _parts(x: Tensor, num_text: int) -> tuple[Tensor, ...]:
+    """Text and video; cut at once, for the way back is then one operation."""
+    return x.split((num_text, x.shape[1] - num_text), dim=1)
