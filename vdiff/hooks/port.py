@@ -107,6 +107,7 @@ class Port(nn.ModuleDict):
     """The parts at one module, by the name of their mixin, in the order of attachment."""
 
     if TYPE_CHECKING:
+        _modules: dict[str, Part]  # type: ignore[assignment]
 
         def items(self) -> ItemsView[str, Part]: ...
 

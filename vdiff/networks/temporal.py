@@ -254,7 +254,7 @@ class VideoTransformer(SpatialTransformer):
         self.time_pos_embed = mlp(channels, 4 * channels, inner)
         self.time_mixer = AlphaBlender(merge_factor, merge_strategy)
         for block in self.time_stack:
-            block.begin_as_identity()
+            block.begin_as_identity()  # type: ignore[operator]
         zeroed(self.time_pos_embed[-1])
 
     def forward(self, x: Tensor, clip: Clip) -> Tensor:

@@ -47,7 +47,7 @@ class TimeMixedConv(nn.Conv2d):
         super().__init__(channels, out_channels, 3, padding=1)
         self.time_mix_conv = nn.Conv3d(out_channels, out_channels, (3, 1, 1), padding=(1, 0, 0))
         nn.init.dirac_(self.time_mix_conv.weight)
-        nn.init.zeros_(self.time_mix_conv.bias)
+        nn.init.zeros_(self.time_mix_conv.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         x = super().forward(x).unflatten(0, (-1, num_frames)).transpose(1, 2)

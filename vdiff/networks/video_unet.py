@@ -177,7 +177,8 @@ class VideoUNet(Network, name="video_unet"):
         self.time_embed = mlp(channels, embedding_dim)
         self.label_emb = label_embedding("VideoUNet", num_classes, vector_dim, embedding_dim)
         if self.label_emb is not None:
-            zeroed(self.label_emb if vector_dim is None else self.label_emb[0][-1])  # it begins by saying nothing
+            *_, last = (m for m in self.label_emb.modules() if isinstance(m, nn.Linear | nn.Embedding))
+            zeroed(last)  # it begins by saying nothing
         built_for = {"cross_attention": True, "vector": vector_dim, "concat": True, "views": motion_context_dim}
         built_for["label"] = num_classes is not None and num_classes != "sequential"
         built_for["image_only"] = merge_strategy == "learned_with_images"
