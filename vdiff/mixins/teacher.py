@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,8 @@ class Teacher(Companion):
             calls).
         guidance: Scale of the teacher's classifier-free guidance, which the student then needs no more; 1 is the plain
             conditional prediction.
-        target: Who is asked at the lower level: ``student`` as it is, or ``ema``, its average in the run.
+        target: Who is asked at the lower level: ``student`` as it is, or ``ema``, its average in the run (by hand,
+            where no trainer keeps one, the student).
         on: The denoiser.
         name: See :class:`Mixin`.
 
@@ -100,7 +101,8 @@ class TeacherPart(CompanionPart):
             return None
         with self.asked(module) as teacher:
             x_s = self.step(teacher, x_t, level, cond)
-        with self._averaged(), in_eval(module):
+        average = self.mixin.average if self.is_averaged else None
+        with nullcontext() if average is None else average(), in_eval(module):
             return module(x_s, level.lower, cond)
 
     def step(self, teacher: Asked, x_t: Tensor, level: LevelPair, cond: Conditioning | None) -> Tensor:
@@ -127,17 +129,3 @@ class TeacherPart(CompanionPart):
         said = teacher(torch.cat([x_t, x_t]), NoiseLevel.cat([level, level]), both)
         plain, null = said.value.chunk(2)
         return Prediction(said.language, null + self.guidance * (plain - null), x_t, level)
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        if not self.is_averaged:
-            yield
-            return
-        average = getattr(self.mixin, "average", None)
-        if average is None:
-            raise ValueError(
-                "Teacher: target 'ema' is the run's average of the student, and nothing keeps one. Set training.ema, "
-                "or use target: student."
-            )
-        with average():
-            yield

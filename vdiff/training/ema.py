@@ -74,12 +74,6 @@ class EMA:
             with torch.no_grad():
                 _copy(mine, kept)
 
-    def lend(self, engine: nn.Module) -> None:
-        """Let teachers attached to the engine ask its average."""
-        for mixin in attached(engine).values():
-            if isinstance(mixin, Teacher):
-                mixin.average = partial(self.applied, engine)
-
     def to(self, device: torch.device) -> None:
         """Move the average to where the weights are."""
         self._average = {name: value.to(device) for name, value in self._average.items()}
@@ -93,6 +87,22 @@ class EMA:
             raise ValueError(f"EMA: the checkpoint averages other parameters; {len(odd)} differ: {', '.join(odd[:4])}.")
         for name, value in tensors.items():
             self._average[name].copy_(value)
+
+
+def lend(ema: EMA | None, engine: nn.Module) -> None:
+    """Let teachers attached to the engine ask its average.
+
+    Raises:
+        ValueError: one wants to, and the run keeps none.
+    """
+    for mixin in attached(engine).values():
+        if isinstance(mixin, Teacher) and mixin.target == "ema":
+            if ema is None:
+                raise ValueError(
+                    f"Teacher: {mixin.name!r} is to ask the run's average of the student, and nothing keeps one. Set "
+                    "training.ema, or use target: student."
+                )
+            mixin.average = partial(ema.applied, engine)
 
 
 def _copy(to: list[Tensor], values: list[Tensor]) -> None:

@@ -27,7 +27,7 @@ from vdiff.data import Dataset, Loader
 from vdiff.engine import Engine
 from vdiff.process import forked, upload
 from vdiff.registry import Config, load_config
-from vdiff.training.ema import EMA
+from vdiff.training.ema import EMA, lend
 from vdiff.training.figures import Means
 from vdiff.training.groups import TrainGroup, select
 from vdiff.training.init import initialize
@@ -74,7 +74,7 @@ class EngineModule(LightningModule):
         self.selection = select(engine, train, self.recipe, new)
         if ema is not None:
             ema.start(self.selection.trained)
-            ema.lend(engine)
+        lend(ema, engine)
         self._means = Means()
 
     def forward(self, batch: Mapping[str, Any]) -> Any:

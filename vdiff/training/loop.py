@@ -24,7 +24,7 @@ from vdiff.mixins import Companion
 from vdiff.process import forked, upload
 from vdiff.training.base import FitResult, Training
 from vdiff.training.checkpointing import Checkpointing, RunState, latest, recorded_new
-from vdiff.training.ema import EMA
+from vdiff.training.ema import EMA, lend
 from vdiff.training.figures import Means
 from vdiff.training.groups import TrainGroup, select
 from vdiff.training.guard import BadStep, FiniteGuard, NonFiniteError
@@ -143,7 +143,7 @@ class Trainer(Training, name="loop"):
         state = RunState(engine, selection, optimizer, scheduler, scaler, self.ema, self.seed)
         if self.ema is not None:
             self.ema.start(selection.trained)
-            self.ema.lend(engine)
+        lend(self.ema, engine)
         if folder is None:
             notes = [f"Initialised: {line}" for line in begun.lines]
         else:
