@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vdiff.checkpoints import WeightSource, check_published, recognise
+from vdiff.checkpoints import MismatchError, WeightSource, check_published, recognise
 from vdiff.checkpoints.translation import Translation
 from vdiff.registry import build, load_config
 
@@ -75,9 +75,9 @@ def file_of(engine, layout, wants=lambda part: True):
     return out
 
 
-def checked(engine, parts):
+def checked(engine, parts, **options):
     header = {name: value for part in parts for name, value in part.items()}
-    return check_published(engine, WeightSource(Path("file"), {}, header))
+    return check_published(engine, WeightSource(Path("file"), {}, header), **options)
 
 
 @pytest.mark.parametrize("name", CENSUS)
@@ -134,6 +134,19 @@ def test_diffusers_stable_diffusion_2_has_one_layer_less_and_that_is_enough(engi
     report = checked(engine, parts.values())
     assert len(left) == 16 + 2 and len(report.idle) == 12 + 2
     assert all("resblocks.23." in n or n.endswith(("text_projection", "logit_scale")) for n in report.idle)
+
+
+def test_sv3ds_file_decodes_alone_and_says_so(engines):
+    """Its first stage is never given pictures to encode; what encodes them here stays as it is if that is asked for."""
+    engine = engines("sv3d_u")
+    parts = file_of(engine, "sgm")
+    stage = "first_stage_model."
+    parts[stage] = {n: v for n, v in parts[stage].items() if n.startswith(f"{stage}decoder.")}
+    assert tuple(map(len, parts.values())) == (1428, 138, 392, 248)
+    with pytest.raises(MismatchError, match=r"106 missing in the file: first_stage\.encoder"):
+        checked(engine, parts.values())
+    report = checked(engine, parts.values(), ignore=["first_stage.encoder.*"])
+    assert len(report.ignored) == 106 and set(report.loaded) | set(report.ignored) == set(engine.state_dict())
 
 
 @pytest.mark.parametrize("name, known", [("videocrafter1_i2v_512", 48_541_696), ("dynamicrafter_1024", 48_787_456)])

@@ -198,10 +198,13 @@ def test_a_target_without_memory_takes_the_tensors(original, tmp_path):
     assert flags == {name: p.requires_grad for name, p in empty.named_parameters()}
 
 
-def test_loading_holds_the_model_and_little_more(original, tmp_path):
-    """1.1 times the largest tensor beside the engine; the file is half again of this in parts that are not held."""
+@pytest.mark.parametrize("out", ["a.safetensors", "folder"])
+def test_loading_holds_the_model_and_little_more(out, original, tmp_path):
+    """1.1 times the largest tensor beside the engine."""
     save_weights(tmp_path / "a.safetensors", original)
-    made, source = small(), open_weights(tmp_path / "a.safetensors")
+    if out == "folder":
+        convert_checkpoint(open_weights(tmp_path / "a.safetensors"), tmp_path / out, "diffusers")
+    made, source = small(), open_weights(tmp_path / out)
     largest = max(value.nbytes for value in original.values())
     own = {value.untyped_storage()._cdata: value.nbytes for value in made.state_dict().values()}
     with Live() as live:
