@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vdiff.checkpoints import read, read_run_weights, save_weights
+from vdiff.checkpoints import UnknownFamilyError, convert_checkpoint, open_weights, read, read_run_weights, save_weights
 from vdiff.engine import DiffusionEngine
 from vdiff.hooks import attached
 from vdiff.mixins import LoRA
@@ -140,11 +140,14 @@ def test_a_file_of_the_network_alone_leaves_the_conditioner_new(whole, tmp_path)
     images, begin = read_run_weights(whole / "images")[0], "denoiser.network."
     published = {f"model.diffusion_model.{n.removeprefix(begin)}": v for n, v in images.items() if n.startswith(begin)}
     save_weights(tmp_path / "sd.safetensors", published | {"first_stage_model.quant_conv.weight": torch.ones(1)})
-    how = {"prefix": {"model.diffusion_model.": ""}, "inflate": True}
-    engine = DiffusionEngine.from_config(config(whole))
-    new = initialize(engine, [WeightSource(tmp_path / "sd.safetensors", into="denoiser.network", **how)]).new
-    assert {name for name in new if not is_over_time(name)} == {"conditioner.embedders.0.table.weight"}
-    assert torch.equal(engine.denoiser.network.out[2].weight, images["denoiser.network.out.2.weight"])
+    convert_checkpoint(open_weights(tmp_path / "sd.safetensors"), tmp_path / "diffusers", "diffusers", parts=["unet"])
+    for file in ("sd.safetensors", "diffusers"):
+        engine = DiffusionEngine.from_config(config(whole))
+        new = initialize(engine, [WeightSource(tmp_path / file, into="denoiser.network", inflate=True)]).new
+        assert {name for name in new if not is_over_time(name)} == {"conditioner.embedders.0.table.weight"}
+        assert torch.equal(engine.denoiser.network.out[2].weight, images["denoiser.network.out.2.weight"])
+    with pytest.raises(UnknownFamilyError, match="looked for first_stage.; it holds denoiser.network.* .unet, sgm"):
+        initialize(engine, [WeightSource(tmp_path / "sd.safetensors", into="first_stage", inflate=True)])
 
 
 def test_a_first_entry_may_have_its_own_part_of_the_rest(whole):

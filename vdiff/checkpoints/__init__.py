@@ -5,7 +5,7 @@ from vdiff.checkpoints.conversion import convert as convert_checkpoint
 from vdiff.checkpoints.families import FAMILIES, Family, Layout
 from vdiff.checkpoints.keymap import KeyMap, KeyMapError, Move, Rule
 from vdiff.checkpoints.loading import LoadReport, MismatchError, load_into
-from vdiff.checkpoints.parts import read_part, translated
+from vdiff.checkpoints.parts import read_part, read_parts, translated
 from vdiff.checkpoints.published import PublishedReport, check_published, load_published
 from vdiff.checkpoints.recognition import Part, Recognised, UnknownFamilyError, recognise
 from vdiff.checkpoints.runs import find_checkpoint, read_run_weights
@@ -62,6 +62,7 @@ __all__ = [
     "read_header",
     "read_metadata",
     "read_part",
+    "read_parts",
     "read_run_weights",
     "read_weights",
     "recognise",

@@ -1,4 +1,4 @@
-"""One part of a checkpoint by our names, out of whatever layout it is in, and back."""
+"""Parts of a checkpoint by our names, out of whatever layout it is in, and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vdiff.checkpoints.architecture import Told
 from vdiff.checkpoints.keymap import KeyMapError
-from vdiff.checkpoints.recognition import UnknownFamilyError, recognise
+from vdiff.checkpoints.places import prefix
+from vdiff.checkpoints.recognition import UnknownFamilyError, described, recognise
 from vdiff.checkpoints.sources import WeightSource
 from vdiff.checkpoints.translation import Translation
 
@@ -29,6 +30,33 @@ def read_part(source: WeightSource, slot: str) -> tuple[str, dict[str, Tensor]] 
         return None
     part = next((part for part in parts if part.slot == slot), None)
     return None if part is None else (part.layout, dict(Translation(source, part, "vdiff").tensors()))
+
+
+def read_parts(
+    source: WeightSource, below: str = "", weights: str = "ema", given: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of all parts, by the names that an engine gives them.
+
+    Args:
+        below: How the names begin of those that are wanted, such as ``denoiser.network.``; the rest is not read.
+        weights, given: See :class:`~vdiff.checkpoints.translation.Translation`.
+
+    Raises:
+        UnknownFamilyError: no part is known, none of them is wanted, or all are and there are names besides.
+        KeyMapError, MismatchError: as with :func:`read_part`.
+    """
+    found = recognise(source.header, str(source.path))
+    places = {prefix("vdiff", part.slot, part.number): part for part in found.parts}
+    wanted = {place: part for place, part in places.items() if place.startswith(below)}
+    if not wanted or (found.unknown and not below):
+        known = ", ".join(f"{place}* ({part.family.name}, {part.layout})" for place, part in places.items())
+        odd = f"; unknown: {described(found.unknown)}" if found.unknown else ""
+        raise UnknownFamilyError(f"{source.path}: looked for {below or 'known parts only'}; it holds {known}{odd}.")
+    return {
+        place + name: value
+        for place, part in wanted.items()
+        for name, value in Translation(source, part, "vdiff", weights, given).tensors()
+    }
 
 
 def translated(tensors: Mapping[str, Tensor], layout: str, where: str) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from vdiff.checkpoints import (
     load_into,
     load_published,
     open_weights,
+    read_parts,
     read_run_weights,
     read_weights,
     recognise,
@@ -87,7 +88,7 @@ class WeightSource:
             own = set(mixins[self.only_adapter].parameters())
             names = tuple(name for name, param in engine.named_parameters() if param in own)
             return Filled(f"{self.only_adapter} from {self.file.name}", names)
-        if self._is_published():
+        if self._is_published() and not self.inflate:
             came = load_published(
                 engine, self.file, self.into, weights=self.weights, ignore=self.ignore, leave_out=self.leave_out,
                 given=self.given,
@@ -99,7 +100,7 @@ class WeightSource:
 
     def _is_published(self) -> bool:
         """Whether the file is written as others do: with other names, or with more than weights."""
-        if self.prefix or self.inside or self.inflate or not self.strict:
+        if self.prefix or self.inside or not self.strict:
             return False
         if self.file.is_dir():
             return is_pipeline(self.file)
@@ -115,9 +116,12 @@ class WeightSource:
         except AttributeError:
             hint = did_you_mean(self.into, [name for name, _ in engine.named_modules() if name])
             raise ValueError(f"init: the engine has no module {self.into!r}.{hint}") from None
-        if self.file.is_dir():
+        begin = f"{self.into}." if self.into else ""
+        if self._is_published():
+            tensors = read_parts(open_weights(self.file), begin, self.weights, self.given)
+            tensors = {name.removeprefix(begin): value for name, value in tensors.items()}
+        elif self.file.is_dir():
             tensors, _ = read_run_weights(find_checkpoint(self.file), self.weights)
-            begin = f"{self.into}." if self.into else ""
             tensors = {n.removeprefix(begin): v for n, v in tensors.items() if n.startswith(begin)}
         else:
             tensors = read_weights(self.file, self.inside)
