@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import statistics
-import time
 import weakref
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from racing import race, ratio, versions
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -128,32 +126,6 @@ def training(module, x):
     # The input asks for a gradient too, as it does everywhere but in a network's first layer.
     x = x.clone().requires_grad_()
     return lambda: module(x).sum().backward()
-
-
-# Measuring ---------------------------------------------------------------------------------------
-
-
-def race(contenders, repeats, spell=0.005):
-    """Seconds a call of each contender by repeat, interleaved, each repeat in another order."""
-    times = {name: [] for name in contenders}
-    calls = {name: max(1, round(spell / one(call, 20))) for name, call in contenders.items()}
-    names = list(contenders)
-    for turn in range(repeats):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            times[name].append(one(contenders[name], calls[name]))
-    return times
-
-
-def one(call, calls):
-    call()
-    began = time.thread_time()
-    for _ in range(calls):
-        call()
-    return (time.thread_time() - began) / calls
-
-
-def ratio(times, name, of):
-    return statistics.median(a / b for a, b in zip(times[name], times[of], strict=True))
 
 
 # What is measured --------------------------------------------------------------------------------
@@ -289,11 +261,10 @@ def table(times, of, each=1):
 def report(repeats, backend):
     torch.set_num_threads(1)
     ways = {"forward, no gradient": forward, "forward and backward": training}
-    versions = ", ".join(f"{package} {version(package)}" for package in ("vdiff", "torch", "peft"))
     lines = [
         "# What a mixin costs",
         "",
-        f"`python benchmarks/mixins.py`: {versions}, Python {platform.python_version()}, CPU, one thread, float32. "
+        f"`python benchmarks/mixins.py`: {versions('vdiff', 'torch', 'peft')}, CPU, one thread, float32. "
         f"Microseconds of the thread's CPU time, of {repeats} interleaved repeats; ratios are medians of "
         "those within a repeat.",
         "",

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import platform
 import statistics
 import sys
 import time
 import types
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from racing import Ops, versions
 
 from vdiff.denoisers import Denoiser
 from vdiff.process import EDMSchedule, KarrasDiscretizer, Prediction, X0Parameterization
@@ -36,19 +34,6 @@ class Idle(Denoiser):
 
     def forward(self, x_t, level, cond=None):
         return Prediction(self.language, x_t, x_t, level)
-
-
-class Counter(TorchDispatchMode):
-    """Counts ops and scalar reads."""
-
-    def __init__(self):
-        super().__init__()
-        self.ops = self.reads = 0
-
-    def __torch_dispatch__(self, func, types_, args=(), kwargs=None):
-        self.ops += 1
-        self.reads += "_local_scalar_dense" in func.name() or "is_nonzero" in func.name()
-        return func(*args, **(kwargs or {}))
 
 
 def k_diffusion_sampling():
@@ -127,9 +112,9 @@ def table(steps):
 
 
 def count(walk, steps):
-    with Counter() as counter:
+    with Ops() as ops:
         walk()
-    return counter.ops / steps, counter.reads / steps
+    return (ops.kernels + ops.views) / steps, ops.reads / steps
 
 
 def cpu_times(contenders, repeats, walks=8):
@@ -162,12 +147,11 @@ def compiled_graphs(steps):
 
 def report(steps, repeats):
     torch.set_num_threads(1)
-    versions = ", ".join(f"{p} {version(p)}" for p in ("vdiff", "torch", "k-diffusion", "diffusers"))
     lines = [
         "# What a sampler costs beside the network",
         "",
-        f"`python benchmarks/sampler_overhead.py`: {versions}, Python {platform.python_version()}, CPU, one thread, "
-        f"{steps} steps of a no-op denoiser on {list(SHAPE)}, median of {repeats} interleaved repeats.",
+        f"`python benchmarks/sampler_overhead.py`: {versions('vdiff', 'torch', 'k-diffusion', 'diffusers')}, CPU, one "
+        f"thread, {steps} steps of a no-op denoiser on {list(SHAPE)}, median of {repeats} interleaved repeats.",
         "",
         "| solver | library | ops per step | scalar reads per step | CPU us per step | of k-diffusion's |",
         "|---|---|---|---|---|---|",
