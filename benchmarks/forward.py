@@ -123,8 +123,8 @@ def report(only, sizes, repeats, with_instructions):
         f"`python benchmarks/forward.py`: {versions('vdiff', 'torch', 'diffusers')}, CPU, one thread, float32, eager. "
         "The same random weights through the tables of names, and the same answer to 1e-4 of its norm before anything "
         f"is measured. Milliseconds are the thread's least CPU time of {repeats} interleaved repeats, ratios medians "
-        "of those within a repeat; forward is in inference mode. Kernels and views are what reaches the dispatcher in "
-        "a forward, here / in diffusers.",
+        "of those within a repeat; forward is in inference mode. Kernels and views are what reaches the dispatcher, "
+        "here / in diffusers.",
         "",
         *rows(
             [
