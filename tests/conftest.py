@@ -16,6 +16,13 @@ def _global_randomness_is_fixed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _what_other_tests_compiled_is_forgotten(request):
+    """Code that several networks share (torch's own wrappers) is compiled for eight of them at most."""
+    if any(word in request.node.name for word in ("graph", "compil", "inductor")):
+        torch._dynamo.reset()
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

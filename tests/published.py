@@ -4,10 +4,10 @@ import torch
 
 from vdiff.checkpoints import FAMILIES
 from vdiff.checkpoints.architecture import Told
-from vdiff.conditioners import CLIPTextEmbedder, OpenCLIPImageEmbedder, OpenCLIPTextEmbedder, Resampler, T5TextEmbedder
+from vdiff.conditioners import CLIPTextEmbedder, OpenCLIPImageEmbedder, OpenCLIPTextEmbedder, T5TextEmbedder
 from vdiff.first_stages import AutoencoderKL, AutoencoderKLCogVideoX, TemporalDecoderAutoencoder, VQAutoencoder
 from vdiff.mixins import ControlNet
-from vdiff.networks import CogVideoX, LVDMUNet, UNet, VideoUNet
+from vdiff.networks import CogVideoX, LVDMUNet, Resampler, UNet, VideoUNet
 
 UNET = dict(
     in_channels=4, out_channels=4, channels=8, context_dim=12, channel_mult=(1, 2), num_res_blocks=1,

@@ -6,7 +6,8 @@ from peers import peer
 from torch import nn
 
 from vdiff.checkpoints import save_weights
-from vdiff.conditioners import Embedder, EmbedderConditioner, ImageTokensEmbedder, Resampler
+from vdiff.conditioners import Embedder, EmbedderConditioner, ImageTokensEmbedder
+from vdiff.networks import Resampler
 from vdiff.registry import build
 
 SMALL = dict(in_dim=6, out_dim=5, num_queries=4, dim=8, depth=2, num_heads=2, head_dim=4, mult=2)

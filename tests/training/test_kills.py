@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 
+import pytest
 from children import start, train_demo
 
 SHORT = [
@@ -28,6 +29,9 @@ def digests(run):
     return {name: entry["sha256"] for name, entry in manifest.items()}
 
 
+@pytest.mark.timeout(
+    900
+)  # a score of processes, each of which imports torch; on a busy machine that alone takes minutes
 def test_ten_sigkills_at_random_moments_of_the_demo_change_nothing(tmp_path):
     began = time.monotonic()
     child = start(train_demo, tmp_path / "whole", *SHORT)

@@ -6,7 +6,7 @@ from vdiff.conditioners.huggingface import CLIPTextEmbedder, T5TextEmbedder
 from vdiff.conditioners.image_latents import ImageLatentsEmbedder
 from vdiff.conditioners.open_clip import OpenCLIPTextEmbedder
 from vdiff.conditioners.pictures import OpenCLIPImageEmbedder
-from vdiff.conditioners.resampler import ImageTokensEmbedder, Resampler
+from vdiff.conditioners.resampler import ImageTokensEmbedder
 from vdiff.conditioners.text import TextEmbedder
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "ImageTokensEmbedder",
     "OpenCLIPImageEmbedder",
     "OpenCLIPTextEmbedder",
-    "Resampler",
     "ScalarFourierEmbedder",
     "T5TextEmbedder",
     "TextEmbedder",
