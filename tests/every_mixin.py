@@ -65,7 +65,7 @@ VIDEOS = ("video_unet", "multi_view", "lvdm_unet", "video_dit", "cogvideox")
 UNETS = ("unet", "video_unet", "multi_view", "lvdm_unet")
 ALL = tuple(NETWORKS)
 NO_UNET = dict.fromkeys(("dit", "video_dit", "cogvideox"), "matches 'role:unet'.*Roles: ")
-LIE = {"video_dit": dict(grid=(2, 2)), "cogvideox": dict(grid=(2, 2), text=3)}  # how tokens lie
+LIE = {"video_dit": dict(grid=(3, 2, 2)), "cogvideox": dict(grid=(3, 2, 2), text=3)}  # how tokens lie
 
 
 @dataclass

@@ -214,7 +214,7 @@ def test_a_grid_that_is_no_square_and_odd_sizes():
     merging.detach()
     assert torch.equal(host(x), plain)
     TokenMerging().attach(host)
-    with pytest.raises(ValueError, match=r"15 tokens are no pictures of 3 by 3. Say how they lie"):
+    with pytest.raises(ValueError, match=r"15 tokens are not a picture of 3 by 3. Say how they lie"):
         host(x)
 
 
@@ -229,7 +229,7 @@ def test_tokens_are_merged_within_their_frame_and_text_stays():
             return x
 
     sizes, host, x = [], nn.Sequential(Same()), torch.randn(2, 5 + 3 * 8, 6)
-    TokenMerging(0.5, grid=(2, 4), text=5).attach(host)
+    TokenMerging(0.5, grid=(3, 2, 4), text=5).attach(host)
     said = host(x)
     frames = x[:, 5:].reshape(6, 8, 6)
     merge = Merge.of(frames, 4, 2, 4)

@@ -102,18 +102,18 @@ class Host(nn.Module):
 
 def test_seg_blurs_every_frame_behind_the_text():
     host, x = attention(), torch.randn(2, 3 + 8, 8)
-    seg = SEG(grid=(2, 2), text=3).attach(host)
+    seg = SEG(grid=(2, 2, 2), text=3).attach(host)
     mean = x[:, 3:].unflatten(1, (2, 4)).mean(2, keepdim=True).expand(-1, -1, 4, -1).flatten(1, 2)
     want = host[0](torch.cat([x[:, :3], mean], dim=1), x)
     torch.testing.assert_close(gated(host, x, seg, [1.0, 1.0]), want)
 
 
-@pytest.mark.parametrize("grid, blur", [(None, 1.0), ((3, 6), 1.4), ((3, 3), float("inf")), ((3, 6), 9.0)])
+@pytest.mark.parametrize("grid, blur", [(None, 1.0), ((3, 6), 1.4), ((2, 3, 3), float("inf")), ((3, 6), 9.0)])
 def test_seg_blurs_the_queries_of_each_picture(grid, blur):
     """By torch's own reflected convolution of the queries, where the reflection reaches."""
     host, x = attention(), torch.randn(2, 18 if grid else 16, 8)
     seg = SEG(blur, grid).attach(host)
-    h, w = grid or (4, 4)
+    h, w = grid[-2:] if grid else (4, 4)
     q = host[0].to_q(x).unflatten(1, (-1, h, w)).movedim(-1, 2)  # b f c h w
     if blur == float("inf"):
         q = q.mean((-1, -2), keepdim=True).expand(*q.shape)
@@ -291,7 +291,7 @@ def test_what_cannot_be_disturbed_is_refused():
         SEG().attach(unet(context_dim=None))
     host = attention()
     seg = SEG().attach(host)
-    with pytest.raises(ValueError, match=r"7 tokens are no pictures of 2 by 2. Say how they lie"):
+    with pytest.raises(ValueError, match=r"7 tokens are not a picture of 2 by 2. Say how they lie"):
         gated(host, torch.randn(1, 7, 8), seg, [1.0])
     with pytest.raises(ValueError, match="no mixin of that name"):
         DDIMSampler(1)(VDenoiser(unet()), CosineSchedule(), pixels(2), told(), guider=PerturbedGuider("pag"))

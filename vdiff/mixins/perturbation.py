@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -94,8 +95,8 @@ class SEG(Mixin, name="seg"):
     Args:
         blur: Standard deviation of the Gaussian in tokens; infinite: all queries are their mean, which the paper
             found to work well and costs least.
-        grid: Height and width of the picture in tokens, which come line by line, and frame by frame if there are
-            several pictures in a row of the batch. By default tokens are one square picture.
+        grid: Height and width of the picture in tokens, which come line by line; frames, height and width where
+            several pictures lie one behind another in a row. By default tokens are one square picture.
         text: How many tokens in front are not the picture's and stay sharp, where text stands in one sequence with it.
         on: Self-attention with linear queries, ``to_q``, that takes ``context=``.
         name, scale: See :class:`Mixin`.
@@ -107,7 +108,7 @@ class SEG(Mixin, name="seg"):
     def __init__(
         self,
         blur: float = math.inf,
-        grid: tuple[int, int] | None = None,
+        grid: tuple[int, ...] | None = None,
         text: int = 0,
         on: On = "role:self_attention",
         name: str | None = None,
@@ -116,7 +117,7 @@ class SEG(Mixin, name="seg"):
         super().__init__(on, name, scale)
         if blur <= 0:
             raise ValueError(f"SEG: blur must be positive, got {blur}.")
-        self.blur, self.grid, self.text = blur, grid, checked_text(text, "SEG")
+        self.blur, self.grid, self.text = blur, checked_grid(grid, "SEG"), checked_text(text, "SEG")
 
     def part(self, module: nn.Module, site: str) -> SEGPart:
         if not hasattr(module, "to_q"):
@@ -130,7 +131,7 @@ class SEG(Mixin, name="seg"):
 class SEGPart(Part):
     """Queries are linear in their input, so to blur them is to ask from a blurred input."""
 
-    def __init__(self, blur: float, grid: tuple[int, int] | None, text: int = 0) -> None:
+    def __init__(self, blur: float, grid: tuple[int, ...] | None, text: int = 0) -> None:
         super().__init__()
         self.blur, self.grid, self.text = blur, grid, text
 
@@ -214,24 +215,31 @@ def checked_text(text: int, who: str) -> int:
     return text
 
 
-def pictures(x: Tensor, grid: tuple[int, int] | None, text: int, who: str) -> tuple[Tensor, Tensor]:
+def pictures(x: Tensor, grid: tuple[int, ...] | None, text: int, who: str) -> tuple[Tensor, Tensor]:
     """``(B, text + F h w, c)`` as text, and pictures ``(B, F, h, w, c)``.
 
     Args:
-        grid: (h, w); None: F is 1, and the picture square.
+        grid: (h, w), and F is 1; or (F, h, w). None: F is 1, and the picture square.
 
     Raises:
         ValueError: the tokens are no such pictures.
     """
     num = x.shape[1] - text
-    height, width = grid or (math.isqrt(max(num, 0)),) * 2
-    if num < 1 or num % (height * width) or (grid is None and height * width != num):
+    frames, height, width = (1,) * (3 - len(grid)) + tuple(grid) if grid else (1, *(math.isqrt(max(num, 0)),) * 2)
+    if num < 1 or num != frames * height * width:
         behind = f" behind {text} of text" if text else ""
+        of = f"{frames} pictures" if frames > 1 else "a picture"
         raise ValueError(
-            f"{who}: {num} tokens{behind} are no pictures of {height} by {width}. Say how they lie: "
-            f"grid=(h, w), and text=n where n others stand in front."
+            f"{who}: {num} tokens{behind} are not {of} of {height} by {width}. Say how they lie: grid=(h, w) or "
+            "(frames, h, w), and text=n where n others stand in front."
         )
-    return x[:, :text], x[:, text:].unflatten(1, (-1, height, width))
+    return x[:, :text], x[:, text:].unflatten(1, (frames, height, width))
+
+
+def checked_grid(grid: Sequence[int] | None, who: str) -> tuple[int, ...] | None:
+    if grid is not None and (len(grid) not in (2, 3) or any(not isinstance(n, int) or n < 1 for n in grid)):
+        raise ValueError(f"{who}: grid is (height, width) or (frames, height, width) in tokens, got {grid!r}.")
+    return None if grid is None else tuple(grid)
 
 
 def _input(args: tuple, kwargs: dict) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vdiff.hooks import On, Part
 from vdiff.mixins.base import Mixin
-from vdiff.mixins.perturbation import checked_text, pictures
+from vdiff.mixins.perturbation import checked_grid, checked_text, pictures
 
 
 class TokenMerging(Mixin):
@@ -20,8 +20,8 @@ class TokenMerging(Mixin):
 
     Args:
         ratio: Share r of the tokens that are merged into others, up to three quarters.
-        grid: Height and width of the picture in tokens, which come line by line, and frame by frame if there are
-            several pictures in a row of the batch. By default tokens are one square picture.
+        grid: Height and width of the picture in tokens, which come line by line; frames, height and width where
+            several pictures lie one behind another in a row. By default tokens are one square picture.
         text: How many tokens in front are not the picture's and stay, where text stands in one sequence with it.
         on: Self-attention over tokens ``(B, N, c)`` without masks; the authors take the highest resolution alone.
         name: See :class:`Mixin`.
@@ -35,7 +35,7 @@ class TokenMerging(Mixin):
     def __init__(
         self,
         ratio: float = 0.5,
-        grid: tuple[int, int] | None = None,
+        grid: tuple[int, ...] | None = None,
         text: int = 0,
         on: On = "role:self_attention",
         name: str | None = None,
@@ -44,7 +44,8 @@ class TokenMerging(Mixin):
         super().__init__(on, name, scale)
         if not 0 <= ratio <= 0.75:
             raise ValueError(f"TokenMerging: ratio is in [0, 0.75], got {ratio}.")
-        self.ratio, self.grid, self.text = ratio, grid, checked_text(text, "TokenMerging")
+        self.ratio, self.grid = ratio, checked_grid(grid, "TokenMerging")
+        self.text = checked_text(text, "TokenMerging")
 
     def part(self, module: nn.Module, site: str) -> TokenMergingPart:
         if not hasattr(module, "to_q"):
@@ -53,7 +54,7 @@ class TokenMerging(Mixin):
 
 
 class TokenMergingPart(Part):
-    def __init__(self, ratio: float, grid: tuple[int, int] | None, text: int = 0) -> None:
+    def __init__(self, ratio: float, grid: tuple[int, ...] | None, text: int = 0) -> None:
         super().__init__()
         self.ratio, self.grid, self.text = ratio, grid, text
         self.merge: Merge | None = None
