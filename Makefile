@@ -34,6 +34,8 @@ docs: .venv/.ready
 
 bench: .venv/.ready
 	$(BIN)/python benchmarks/sampler_overhead.py --out docs/benchmarks/sampler_overhead.md
+	$(BIN)/python benchmarks/forward.py --out docs/benchmarks/forward.md
+	$(BIN)/python benchmarks/mixins.py --out docs/benchmarks/mixins.md
 
 clean:
 	rm -rf .venv outputs
