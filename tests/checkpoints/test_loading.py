@@ -106,3 +106,21 @@ def test_a_module_on_the_meta_device_takes_the_tensors():
         target = net()
     load_into(target, source.state_dict())
     assert unchanged(target, source.state_dict())
+
+
+def test_on_the_meta_device_ties_and_types_stay_and_what_no_file_has_is_named():
+    def tied():
+        module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+        module[1].weight = module[0].weight
+        module.register_buffer("grid", torch.ones(2), persistent=False)
+        return module
+
+    with torch.device("meta"):
+        target = tied().bfloat16()
+    file = copy(tied())
+    report = load_into(target, file)
+    assert target[0].weight is target[1].weight and target[0].weight.dtype == torch.bfloat16
+    assert torch.equal(target[0].weight, file["0.weight"].bfloat16())
+    assert report.cast == 2 and report.empty == ("grid",)
+    assert "1 still on the meta device, without values (grid)" in str(report)
+    assert load_into(tied(), file).empty == ()

@@ -6,10 +6,11 @@ import pytest
 import torch
 from memory import Live
 from peers import peer
-from published import same
+from published import T5, same, weights
 
 from vdiff.checkpoints import (
     MismatchError,
+    WeightSource,
     convert_checkpoint,
     load_published,
     open_weights,
@@ -17,6 +18,7 @@ from vdiff.checkpoints import (
     save_weights,
 )
 from vdiff.checkpoints.maps import autoencoder, towers, unet
+from vdiff.conditioners import T5TextEmbedder
 from vdiff.registry import build, load_config
 
 ROOT = Path(__file__).parents[2] / "configs" / "families"
@@ -298,3 +300,57 @@ def test_what_may_differ_is_said(original, tmp_path):
     )
     assert report.ignored == (name,) and report.outside == ("safety.weight",)
     assert torch.equal(made.state_dict()[name], before[name]) and len(report.loaded) == len(before) - 1
+
+
+def test_a_tied_table_without_memory_stays_tied_and_of_the_modules_type(tmp_path):
+    """T5's, which stands under two names."""
+    made = T5TextEmbedder(T5, length=6)
+    save_weights(tmp_path / "t5.safetensors", {n: v.clone() for n, v in weights("t5_text", "diffusers").items()})
+    load_published(made, tmp_path / "t5.safetensors")
+    with torch.device("meta"):
+        empty = T5TextEmbedder(T5, length=6).bfloat16()
+
+    def tables(module):
+        return [p for name, p in module.named_parameters(remove_duplicate=False) if p.shape == (32, 12)]
+
+    assert len(tables(made)) == 2 and tables(made)[0] is tables(made)[1]
+    report = load_published(empty, tmp_path / "t5.safetensors")
+    assert tables(empty)[0] is tables(empty)[1] and report.parts[0].cast == len(report.loaded)
+    for name, value in made.bfloat16().state_dict().items():
+        assert torch.equal(empty.state_dict()[name], value)
+
+
+def test_where_it_goes_is_a_part_and_what_is_asked_for_is_there(original, tmp_path):
+    save_weights(tmp_path / "a.safetensors", original)
+    made = small()
+    before = copied(made)
+    for into, options, message in (
+        ("denoiser.netwrok", {}, r"no 'denoiser\.netwrok'\. Did you mean 'denoiser\.network'"),
+        ("denoiser.network.input_blocks", {}, r"below a part.* There are: denoiser\.network, first_stage, "),
+        ("", {"weights": "eam"}, "'ema' or 'raw', got 'eam'"),
+        ("first_stage", {"ignore": ["first_stage.*"]}, r"ignore='first_stage\.\*' meets no name"),
+        ("", {"leave_out": ["safety."]}, r"leave_out='safety\.' meets no name"),
+        ("", {"given": {"heads": 8}}, "given heads, which nothing here asks for"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_published(made, tmp_path / "a.safetensors", into, **options)
+    assert unchanged(made, before)
+
+
+def test_reading_that_fails_while_filling_says_that_the_module_is_half_filled(original, tmp_path):
+    save_weights(tmp_path / "a.safetensors", original)
+
+    class Failing(WeightSource):
+        """The second time around, at the autoencoder."""
+
+        reads = 0
+
+        def __getitem__(self, name):
+            self.reads += name == f"{VAE}encoder.conv_in.weight"
+            if self.reads == 2:
+                raise OSError("gone")
+            return super().__getitem__(name)
+
+    plain = open_weights(tmp_path / "a.safetensors")
+    with pytest.raises(OSError, match="half filled; build it anew. gone"):
+        load_published(small(), Failing(plain.path, plain._places, plain.header))

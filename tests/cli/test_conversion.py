@@ -178,3 +178,15 @@ def test_a_published_file_is_held_against_a_config(tmp_path, monkeypatch, capsys
     assert run("inspect", "half.safetensors", "--against", "small.yaml") == 1
     assert "missing in the file" in capsys.readouterr().out
     assert run("inspect", "half.safetensors", "--against", "small.yaml", "--slot", "denoiser.network") == 0
+    capsys.readouterr()
+    torn = weights("open_clip_text", "diffusers")
+    torn.pop([name for name in torn if name.endswith("q_proj.weight")][-1])
+    save_weights("torn.safetensors", torn)
+    digits = str(ROOT / "configs/digits_edm.yaml")
+    for file, config, slot, message in (
+        ("torn.safetensors", "small.yaml", "conditioner.embedders.0", "q_proj.weight"),
+        ("half.safetensors", digits, "conditioner", "the names are of no family that is known"),
+    ):
+        assert run("inspect", file, "--against", config, "--slot", slot) == 1
+        said = capsys.readouterr()
+        assert message in said.out.splitlines()[-1] and not said.err

@@ -1,12 +1,16 @@
 """``training.init`` from a published file: one line, and every part of the engine begins from it."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from published import weights
+from torch import nn
 
 from vdiff.checkpoints import convert_checkpoint, open_weights, save_weights
+from vdiff.losses import LatentDiffusionLoss
+from vdiff.process import ScaledLinearSchedule
 from vdiff.registry import build, load_config
 from vdiff.training.init import WeightSource, initialize
 
@@ -79,3 +83,61 @@ def test_what_a_file_does_not_fill_is_new(engine, file):
     assert set(done.new) == {"denoiser.network.out.2.weight", "denoiser.network.out.2.bias"}
     with pytest.raises(ValueError, match="missing in the file: first_stage"):
         initialize(engine, [WeightSource(file, leave_out=["first_stage_model."])])
+
+
+def test_an_engines_own_file_fills_all_of_it(engine, file, tmp_path):
+    """Also a loss that learns, whose name is that of what a published file has beside, and an embedder of no family."""
+
+    def more(engine):
+        engine.loss = LatentDiffusionLoss(ScaledLinearSchedule(), learn_log_variance=True)
+        engine.conditioner.embedders.append(nn.Embedding(3, 4))
+        return engine
+
+    made, again = more(copy.deepcopy(engine)), more(engine)
+    with torch.no_grad():
+        for value in made.parameters():
+            value.normal_()
+    save_weights(tmp_path / "own.safetensors", made.state_dict())
+    assert "loss.log_variance" in made.state_dict()
+    done = initialize(again, [WeightSource(tmp_path / "own.safetensors")])
+    assert done.new == () and all(torch.equal(v, again.state_dict()[n]) for n, v in made.state_dict().items())
+    with pytest.raises(ValueError, match=r"missing in the file: .*loss\.log_variance"):
+        initialize(again, [WeightSource(file)])
+
+
+def test_ignored_names_are_below_into_in_a_file_of_either_kind(engine, file, tmp_path):
+    save_weights(tmp_path / "own.safetensors", weights("unet"))
+    for source in (file, tmp_path / "own.safetensors"):
+        done = initialize(engine, [WeightSource(source, "denoiser.network", ignore=["out.2.*"])])
+        assert {n for n in done.new if n.startswith("denoiser.")} == {
+            "denoiser.network.out.2.weight",
+            "denoiser.network.out.2.bias",
+        }
+        with pytest.raises(ValueError, match=r"ignore='denoiser\.network\.out\.2\.\*' meets no name"):
+            initialize(engine, [WeightSource(source, "denoiser.network", ignore=["denoiser.network.out.2.*"])])
+        with pytest.raises(ValueError, match=r"leave_out.?'safety\.' meets no name"):
+            initialize(engine, [WeightSource(source, "denoiser.network", leave_out=["safety."])])
+        with pytest.raises(ValueError, match="given"):
+            initialize(engine, [WeightSource(source, "denoiser.network", given={"head_dim": 8})])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"leave_out": ["a."], "prefix": {"a.": ""}}, "leave_out beside prefix"),
+        ({"leave_out": ["a."], "inside": "model"}, "leave_out beside inside"),
+        ({"given": {"head_dim": 8}, "strict": False}, "given beside strict: false"),
+        ({"leave_out": ["a."], "inflate": True}, "leave_out beside inflate"),
+        ({"leave_out": ["a."], "only_adapter": "lora"}, "leave_out beside only_adapter"),
+    ],
+)
+def test_what_is_not_read_together_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        WeightSource("a.ckpt", **options)
+
+
+def test_a_published_file_is_not_loaded_by_halves(engine, file):
+    with pytest.raises(ValueError, match="strict: false is for files that are"):
+        initialize(engine, [WeightSource(file, strict=False)])
+    with pytest.raises(ValueError, match=r"no 'denoiser\.netwrok'\. Did you mean 'denoiser\.network'"):
+        initialize(engine, [WeightSource(file, "denoiser.netwrok")])

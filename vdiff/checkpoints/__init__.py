@@ -7,7 +7,7 @@ from vdiff.checkpoints.keymap import KeyMap, KeyMapError, Move, Rule
 from vdiff.checkpoints.loading import LoadReport, MismatchError, load_into
 from vdiff.checkpoints.parts import read_part, read_parts, translated
 from vdiff.checkpoints.published import PublishedReport, check_published, load_published
-from vdiff.checkpoints.recognition import Part, Recognised, UnknownFamilyError, recognise
+from vdiff.checkpoints.recognition import Part, Recognised, UnknownFamilyError, is_by_others, recognise
 from vdiff.checkpoints.runs import find_checkpoint, read_run_weights
 from vdiff.checkpoints.sources import WeightSource, is_pipeline, open_weights
 from vdiff.checkpoints.store import (
@@ -52,6 +52,7 @@ __all__ = [
     "check_published",
     "convert_checkpoint",
     "find_checkpoint",
+    "is_by_others",
     "is_pipeline",
     "load_into",
     "load_published",

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from vdiff.checkpoints.keymap import KeyMapError
 from vdiff.checkpoints.loading import summary
-from vdiff.checkpoints.recognition import Part, described, recognise
+from vdiff.checkpoints.recognition import ONLY_THERE, Part, described, recognise
 from vdiff.checkpoints.shards import write_streamed
 from vdiff.checkpoints.sources import STEMS, WeightSource
 from vdiff.checkpoints.translation import Translation
 from vdiff.registry import did_you_mean
 
-ONLY_THERE = "which its layout alone has"
 VECTOR = ("label_emb.", "add_embedding.")  # of a network that is told a vector
 DIFFUSERS_OWN = ("network", "control", "first_stage")  # whose files it names; transformers those of towers
 NO_DECODER = "of a second autoencoder, where diffusers has one"

@@ -1,4 +1,4 @@
-"""Tensors into a module: strictly, with a readable difference, and all or nothing."""
+"""Tensors into a module: strictly, with a readable difference, and nothing is changed if they do not fit."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vdiff.checkpoints.inflation import inflate as inflated
 from vdiff.hooks import is_port_key
 
 MAX_GROUPS = 8
+EMPTY = "still on the meta device, without values"
 
 
 class MismatchError(ValueError):
@@ -36,6 +37,7 @@ class LoadReport:
         missing: Names in the module that the file lacks; empty if strict.
         unexpected: Names in the file that the module lacks; empty if strict.
         cast: How many were converted to another floating type.
+        empty: Names in the module that are left on the meta device, such as buffers that no file holds.
     """
 
     where: str
@@ -49,6 +51,7 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     cast: int = 0
+    empty: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors loaded"]
@@ -70,6 +73,7 @@ class LoadReport:
             (self.outside, "in the file outside the given prefixes"),
             (self.missing, "not in the file and kept as they are"),
             (self.unexpected, "in the file and not in the module"),
+            (self.empty, EMPTY),
         ):
             if names:
                 parts.append(f"{len(names)} {text} ({summary(names)})")
@@ -88,6 +92,8 @@ def load_into(
 ) -> LoadReport:
     """Copy tensors into a module's parameters and buffers, or change nothing and say why.
 
+    What is on the meta device takes the tensors as they are, in its own type; what is tied there stays tied.
+
     Args:
         strict: Whether every name must be on both sides. A wrong shape and a weight that is not
             finite are errors either way, unless ignored.
@@ -103,7 +109,7 @@ def load_into(
     Raises:
         MismatchError: a readable difference, grouped by common prefix.
     """
-    renamed, outside = _rename(tensors, prefix, where)
+    renamed, outside = by_prefix(tensors, prefix, where)
     reshaped: dict[str, str] = {}
     if inflate:
         renamed, reshaped = inflated(module, renamed)
@@ -128,8 +134,12 @@ def load_into(
         odd = {"missing in the file": missing, "unexpected in the file": unexpected, **odd}
     if any(odd.values()):
         raise MismatchError(difference(where, odd, _hint(module, missing, unexpected, prefix, inflate)))
-    is_meta = any(own[name].is_meta for name in both)
-    module.load_state_dict({name: renamed[name] for name in both}, strict=False, assign=is_meta)
+    at = spots(module)
+    for name in both:
+        if own[name].is_meta:
+            realise(own[name], renamed[name], at)
+    held = module.state_dict()
+    module.load_state_dict({n: held[n] if own[n].is_meta else renamed[n] for n in both}, strict=False)
     return LoadReport(
         where,
         tuple(both),
@@ -142,12 +152,51 @@ def load_into(
         () if strict else tuple(missing),
         () if strict else tuple(unexpected),
         sum(renamed[name].dtype != own[name].dtype for name in both),
+        empty(module) if any(not renamed[name].is_meta for name in both) else (),
     )
 
 
-def _rename(
+def spots(module: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """By the id of each parameter and buffer, where it stands; if it is tied, in several places."""
+    found: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for owner in module.modules():
+        for leaf, value in (*owner._parameters.items(), *owner._buffers.items()):
+            if value is not None:
+                found[id(value)].append((owner, leaf))
+    return found
+
+
+def realise(old: Tensor, value: Tensor, at: Mapping[int, list[tuple[nn.Module, str]]]) -> None:
+    """A tensor in place of one on the meta device, of its type, wherever that stood by :func:`spots`."""
+    value = value.to(old.dtype)
+    new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+    for owner, leaf in at[id(old)]:
+        setattr(owner, leaf, new)
+
+
+def empty(module: nn.Module) -> tuple[str, ...]:
+    """Names of parameters and buffers on the meta device."""
+    return tuple(name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta)
+
+
+def check_met(ignore: Sequence[str], names: Iterable[str], where: str) -> None:
+    """That every glob meets a name.
+
+    Raises:
+        MismatchError: it says which does not.
+    """
+    names = list(names)
+    for glob in ignore:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise MismatchError(
+                f"{where}: ignore={glob!r} meets no name; nothing was changed. Names begin: {summary(names)}."
+            )
+
+
+def by_prefix(
     tensors: Mapping[str, Tensor], prefix: Mapping[str, str] | None, where: str
 ) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors by new names, and the names that no prefix takes."""
     if not prefix:
         return dict(tensors), []
     renamed: dict[str, Tensor] = {}

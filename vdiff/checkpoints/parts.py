@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -32,6 +33,33 @@ def read_part(source: WeightSource, slot: str) -> tuple[str, dict[str, Tensor]] 
     return None if part is None else (part.layout, dict(Translation(source, part, "vdiff").tensors()))
 
 
+class Given(dict[str, int]):
+    """What names and shapes do not tell, which knows whether a table asked for it."""
+
+    def __init__(self, given: Mapping[str, int] | None = None) -> None:
+        super().__init__(given or {})
+        self.asked: set[object] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+    def check(self, where: str) -> None:
+        """That all of it was needed.
+
+        Raises:
+            ValueError: it says what was not.
+        """
+        if idle := self.keys() - self.asked:
+            told = ", ".join(sorted(idle))
+            raise ValueError(
+                f"{where}: given {told}, which nothing here asks for; names and shapes tell. Leave it out."
+            )
+
+
 def read_parts(
     source: WeightSource, below: str = "", weights: str = "ema", given: Mapping[str, int] | None = None
 ) -> dict[str, Tensor]:
@@ -44,6 +72,7 @@ def read_parts(
     Raises:
         UnknownFamilyError: no part is known, none of them is wanted, or all are and there are names besides.
         KeyMapError, MismatchError: as with :func:`read_part`.
+        ValueError: something was given that nothing asks for.
     """
     found = recognise(source.header, str(source.path))
     places = {prefix("vdiff", part.slot, part.number): part for part in found.parts}
@@ -52,11 +81,10 @@ def read_parts(
         known = ", ".join(f"{place}* ({part.family.name}, {part.layout})" for place, part in places.items())
         odd = f"; unknown: {described(found.unknown)}" if found.unknown else ""
         raise UnknownFamilyError(f"{source.path}: looked for {below or 'known parts only'}; it holds {known}{odd}.")
-    return {
-        place + name: value
-        for place, part in wanted.items()
-        for name, value in Translation(source, part, "vdiff", weights, given).tensors()
-    }
+    given = Given(given)
+    plans = {place: Translation(source, part, "vdiff", weights, given) for place, part in wanted.items()}
+    given.check(str(source.path))
+    return {place + name: value for place, plan in plans.items() for name, value in plan.tensors()}
 
 
 def translated(tensors: Mapping[str, Tensor], layout: str, where: str) -> dict[str, Tensor]:

@@ -1,4 +1,6 @@
-"""A published checkpoint into an engine: every part to its place, tensor by tensor, strictly, and all or nothing.
+"""A published checkpoint into an engine: every part to its place, tensor by tensor, and strictly.
+
+Nothing is changed if the weights do not fit.
 
 File and engine are recognised alike, and their parts go together by what they are for: the network, the first stage,
 the first text tower, the second. Every key of the file must arrive somewhere, and every weight of the engine come from
@@ -16,13 +18,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vdiff.checkpoints.loading import MismatchError, difference, fits, spelled, summary
-from vdiff.checkpoints.recognition import Part, recognise
+from vdiff.checkpoints.loading import (
+    EMPTY,
+    MismatchError,
+    check_met,
+    difference,
+    empty,
+    fits,
+    realise,
+    spelled,
+    spots,
+    summary,
+)
+from vdiff.checkpoints.parts import Given
+from vdiff.checkpoints.recognition import ONLY_THERE, Part, UnknownFamilyError, recognise
 from vdiff.checkpoints.sources import WeightSource, open_weights
 from vdiff.checkpoints.translation import Translation
 from vdiff.hooks import is_port_key
-
-ONLY_THERE = "which its layout alone has"
+from vdiff.registry import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,7 @@ class PublishedReport:
         idle: Names in the module that the file lacks and nothing reads.
         ignored: Names in the module that were to be left alone.
         outside: Names in the file that belong elsewhere or were to be left out.
+        empty: Names in the module that are left on the meta device, such as buffers that no file holds.
     """
 
     where: str
@@ -67,6 +81,7 @@ class PublishedReport:
     idle: tuple[str, ...]
     ignored: tuple[str, ...]
     outside: tuple[str, ...]
+    empty: tuple[str, ...] = ()
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -83,7 +98,7 @@ class PublishedReport:
             lines.append(f"{way}: {what}{more}")
         rest = [(names, f"left out, {reason}") for reason, names in self.beside.items()]
         rest += [(self.outside, "left out, meant for elsewhere"), (self.ignored, "left alone, as asked")]
-        rest += [(self.idle, "not in the file and kept as they are, since nothing reads them")]
+        rest += [(self.idle, "not in the file and kept as they are, since nothing reads them"), (self.empty, EMPTY)]
         lines += [f"{len(names)} tensors {text} ({summary(names)})" for names, text in rest if names]
         return "\n  ".join(lines)
 
@@ -104,25 +119,34 @@ def load_published(
 
     Args:
         module: The engine, or one of its networks, first stages or embedders alone. On the meta device it takes the
-            tensors as they are.
+            tensors as they are, in its own type.
         source: A file, an index of shards, or a folder of diffusers'.
         into: Of the module's parts, those below this name alone; what else the file has is left out then.
         weights: ``ema`` takes the exponential average where the file has one, ``raw`` does not.
-        ignore: Globs over names in the module that are left alone.
+        ignore: Globs over names in the module, below ``into``, that are left alone.
         leave_out: How names in the file begin that are left out.
         given: What names and shapes do not tell, see :class:`vdiff.checkpoints.architecture.Told`.
 
     Raises:
         UnknownFamilyError: the names of the file, or of the module, are of no published family.
         KeyMapError, MismatchError: they do not fit; a readable difference. Nothing was changed then.
+        ValueError: no such module, or something ignored, left out or given that meets nothing. Nor then.
+        OSError: reading failed. Of the second time it says that the module is half filled.
     """
     pairs, report = _fit(module, source, into, weights, ignore, leave_out, given)
     for pair in pairs:
         for _ in pair.tensors():  # which looks at each
             pass
-    for pair in pairs:
-        pair.fill(module)
-    return report
+    at = spots(module)
+    try:
+        for pair in pairs:
+            pair.fill(module, at)
+    except OSError as error:
+        raise OSError(
+            f"{report.where}: reading failed and the module is half filled; build it anew. {error}"
+        ) from error
+    begin = f"{into}." if into else ""
+    return replace(report, empty=tuple(begin + name for name in empty(module.get_submodule(into))))
 
 
 def check_published(
@@ -152,13 +176,10 @@ class _Pair:
                 yield self.own[name], value
 
     @torch.no_grad()
-    def fill(self, module: nn.Module) -> None:
+    def fill(self, module: nn.Module, at: Mapping[int, list[tuple[nn.Module, str]]]) -> None:
         for name, value in self.tensors():
             if self.held[name].is_meta:
-                owner, _, leaf = name.rpartition(".")
-                is_parameter = isinstance(self.held[name], nn.Parameter)
-                trains = self.held[name].requires_grad
-                setattr(module.get_submodule(owner), leaf, nn.Parameter(value, trains) if is_parameter else value)
+                realise(self.held[name], value, at)
             else:
                 self.held[name].copy_(value)
         if self.part.slot not in ("network", "first_stage", "control"):
@@ -188,15 +209,26 @@ def _fit(
     """How a file fills a module, or an error if it does not."""
     source = source if isinstance(source, WeightSource) else open_weights(source)
     where = f"{source.path}{f' into {into}' if into else ''}"
-    held = {
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"{where}: weights is 'ema' or 'raw', got {weights!r}.")
+    own_all = {
         name: value
         for name, value in module.state_dict(keep_vars=True).items()
-        if isinstance(value, Tensor) and name.startswith(f"{into}." if into else "") and not is_port_key(name)
+        if isinstance(value, Tensor) and not is_port_key(name)
     }
+    _check_into(module, into, own_all, where)
+    begin = f"{into}." if into else ""
+    held = {name: value for name, value in own_all.items() if name.startswith(begin)}
+    check_met(ignore, [name.removeprefix(begin) for name in held], where)
+    for start in leave_out:
+        if not any(name.startswith(start) for name in source.header):
+            names = summary(source.header)
+            raise MismatchError(f"{where}: leave_out={start!r} meets no name in the file. They begin: {names}.")
+    given = Given(given)
     put_aside = [name for name in source.header if leave_out and name.startswith(tuple(leave_out))]
     there = recognise({n: v for n, v in source.header.items() if n not in set(put_aside)}, str(source.path))
-    here = recognise(held, f"{into or type(module).__name__}, which is to be filled")
-    ignored = {name for name in held if _any(name, ignore)}
+    here = recognise(held, f"{into or type(module).__name__}, which is to be filled", {})
+    ignored = {name for name in held if _any(name.removeprefix(begin), ignore)}
     idle = _idle(module)
 
     pairs: list[_Pair] = []
@@ -224,6 +256,7 @@ def _fit(
             if not fits(plan.described[n], held[full])
         ]
         pairs.append(_Pair(plan, part, own, held))
+    given.check(where)
     unused = {file for part in there.parts for file in part.names.values()} - used | set(there.unknown)
     is_part = bool(into) or any(part.prefix == "" for part in here.parts)
     elsewhere = unused - alone if is_part else set()
@@ -235,7 +268,10 @@ def _fit(
     }
     if any(odd.values()):
         hint = "Of the module, ignore=[...] (globs) leaves names alone; of the file, leave_out=[...] (how they begin) "
-        raise MismatchError(difference(where, odd, f"{hint}leaves them out; into=... fills a part alone."))
+        hint += "leaves them out; into=... fills a part alone."
+        if there.layout == "vdiff" and any(name in source.header for name in odd["missing in the file"]):
+            hint = "The file has some by these very names; load_into(...) takes a file by our names."
+        raise MismatchError(difference(where, odd, hint))
     left_out = tuple(name for pair in pairs for name in pair.translation.left_out)
     return pairs, PublishedReport(
         where,
@@ -245,6 +281,24 @@ def _fit(
         tuple(sorted(ignored)),
         (*put_aside, *sorted(elsewhere)),
     )
+
+
+def _check_into(module: nn.Module, into: str, own: Mapping[str, Tensor], where: str) -> None:
+    """That it is there, and a whole part or above one."""
+    try:
+        module.get_submodule(into)
+    except AttributeError:
+        hint = did_you_mean(into, [name for name, _ in module.named_modules() if name])
+        raise ValueError(f"{where}: the module has no {into!r}.{hint}") from None
+    if not into:
+        return
+    try:
+        parts = recognise(own, where, {}).parts
+    except UnknownFamilyError:
+        return
+    if any(f"{into}.".startswith(part.prefix) and f"{into}." != part.prefix for part in parts):
+        whole = ", ".join(part.prefix.rstrip(".") or "the module" for part in parts)
+        raise ValueError(f"{where}: {into} is below a part, and parts are filled whole. There are: {whole}.")
 
 
 def _matched(here: Sequence[Part], there: Sequence[Part], where: str) -> Iterator[tuple[Part, Part | None]]:

@@ -32,6 +32,8 @@ BESIDE = {
     r"ref_model\..+": "a copied reference",
 }
 
+ONLY_THERE = "which its layout alone has"  # why a name is left out that a family's table knows
+
 SLOTS = tuple(PLACES)  # the network first
 
 # Places of what may have no table, such as a text tower of another kind: known, and said by name.
@@ -113,11 +115,14 @@ class Recognised:
         return self.parts[0].layout
 
 
-def recognise(header: Mapping[str, Tensor], where: str = "checkpoint") -> Recognised:
+def recognise(
+    header: Mapping[str, Tensor], where: str = "checkpoint", beside: Mapping[str, str] = BESIDE
+) -> Recognised:
     """What a checkpoint is, by names and shapes.
 
     Args:
         header: Names to tensors, on any device; only their shapes are looked at.
+        beside: Patterns of names that nobody needs, and why. A module needs all of its own: none there.
 
     Raises:
         UnknownFamilyError: no family fits; the message lists how the names begin.
@@ -125,12 +130,12 @@ def recognise(header: Mapping[str, Tensor], where: str = "checkpoint") -> Recogn
     clean = {_clean(name): name for name in header}
     if len(clean) < len(header):
         raise UnknownFamilyError(f"{where}: some names differ by what a wrapper puts before them, and by nothing else.")
-    beside: dict[str, list[str]] = {}
+    needless: dict[str, list[str]] = {}
     rest = {}
     for name, full in clean.items():
-        reason = next((reason for pattern, reason in BESIDE.items() if re.fullmatch(pattern, name)), None)
+        reason = next((reason for pattern, reason in beside.items() if re.fullmatch(pattern, name)), None)
         if reason:
-            beside.setdefault(reason, []).append(full)
+            needless.setdefault(reason, []).append(full)
         else:
             rest[name] = full
     averages = {name: rest.pop(name) for name in list(rest) if name.startswith(EMA)}
@@ -151,7 +156,17 @@ def recognise(header: Mapping[str, Tensor], where: str = "checkpoint") -> Recogn
     parts = _shared(_agreeing(sorted(parts, key=lambda part: (SLOTS.index(part.slot), part.number))))
     used = {full for part in parts for full in part.averaged.values()}
     unknown = [*rest.values(), *(full for full in averages.values() if full not in used)]
-    return Recognised(tuple(parts), {reason: tuple(n) for reason, n in beside.items()}, tuple(unknown))
+    return Recognised(tuple(parts), {reason: tuple(n) for reason, n in needless.items()}, tuple(unknown))
+
+
+def is_by_others(header: Mapping[str, Tensor]) -> bool:
+    """Whether a file is written by others: a known family in another layout than ours, or one part of it alone with
+    more beside it than weights. What is by our names may have a ``loss.`` that is the engine's."""
+    try:
+        found = recognise(header)
+    except UnknownFamilyError:
+        return False
+    return found.layout != "vdiff" or (found.parts[0].prefix == "" and bool(found.beside))
 
 
 def described(names: Iterable[str]) -> str:

@@ -80,7 +80,7 @@ def _say_family(tensors: dict[str, Tensor]) -> None:
 
 def _compare(tensors: dict[str, Tensor], arguments: argparse.Namespace) -> int:
     """Whether the file fills what a config describes, built without memory; 1 if not, with the difference."""
-    from vdiff.checkpoints import MismatchError, WeightSource, check_published, load_into
+    from vdiff.checkpoints import KeyMapError, MismatchError, WeightSource, check_published, is_by_others, load_into
     from vdiff.engine import DiffusionEngine
 
     config = load_config(arguments.against, allow_imports=arguments.allow_imports)
@@ -89,21 +89,14 @@ def _compare(tensors: dict[str, Tensor], arguments: argparse.Namespace) -> int:
     where = f"{arguments.path} against {arguments.against}{f' ({arguments.slot})' if arguments.slot else ''}"
     header = {name: value.to("meta") for name, value in tensors.items()}
     try:
-        if _is_written_by_others(header):
+        if is_by_others(header):
             print(check_published(engine, WeightSource(Path(where), {}, header), arguments.slot))
         else:
             print(load_into(engine.get_submodule(arguments.slot), header, where=where))
-    except MismatchError as error:
+    except (MismatchError, KeyMapError, UnknownFamilyError) as error:
         print(str(error).replace("the weights do not fit; nothing was changed.", "they do not fit."))
         return 1
     return 0
-
-
-def _is_written_by_others(tensors: dict[str, Tensor]) -> bool:
-    try:
-        return recognise(tensors).layout != "vdiff"
-    except UnknownFamilyError:
-        return False
 
 
 def _inspect_run(run: Path, allow_imports: bool) -> dict[str, Tensor]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from vdiff.checkpoints import (
     LoadReport,
-    UnknownFamilyError,
     find_checkpoint,
+    is_by_others,
     is_pipeline,
     load_into,
     load_published,
@@ -20,8 +20,8 @@ from vdiff.checkpoints import (
     read_parts,
     read_run_weights,
     read_weights,
-    recognise,
 )
+from vdiff.checkpoints.loading import by_prefix, check_met, summary
 from vdiff.hooks import attached
 from vdiff.registry import did_you_mean
 
@@ -36,8 +36,8 @@ class WeightSource:
         file: A weight file, a run or checkpoint folder of vdiff, or a folder of diffusers'.
         into: Module that gets them, dotted from the engine: ``denoiser.network``; by default the engine.
         prefix: How names in the file begin and what to put there: ``{"model.diffusion_model.": ""}``.
-        ignore: Globs over names in the module that are left alone. Of a published file, over names in the engine.
-        strict: Whether every name must be on both sides.
+        ignore: Globs over names below ``into`` that are left alone. Each must meet one.
+        strict: Whether every name must be on both sides; False is for files by our names.
         inflate: Whether the file is of an image network and goes into a network of videos made of it: what images
             have no use for stays as built, see :mod:`vdiff.checkpoints.inflation`.
         only_adapter: Name of a mixin: its own small file, read into that mixin alone.
@@ -45,8 +45,9 @@ class WeightSource:
         weights: Of a run, a checkpoint folder or a published file, ``ema`` or ``raw``.
         config: Run file of the run that ``file`` is the folder of; :func:`vdiff.training.train` trains it first,
             unless it is there and finished.
-        leave_out: How names in a published file begin that are left out.
-        given: What a published file does not tell, see :class:`vdiff.checkpoints.architecture.Told`.
+        leave_out: How names in the file begin that are left out. Each must meet one.
+        given: What a published file does not tell, see :class:`vdiff.checkpoints.architecture.Told`. All of it must be
+            asked for.
     """
 
     def __init__(
@@ -66,6 +67,14 @@ class WeightSource:
     ) -> None:
         if only_adapter is not None and (into or prefix or inside or inflate):
             raise ValueError("init: an adapter's file says where it belongs; leave out into, prefix, inside, inflate.")
+        unread = [name for name, value in (("leave_out", leave_out), ("given", given)) if value]
+        clash = {"only_adapter": only_adapter, "prefix": prefix, "inside": inside, "strict: false": not strict}
+        if inflate and leave_out:
+            clash["inflate"] = inflate
+        if unread and (why := [name for name, value in clash.items() if value]):
+            raise ValueError(
+                f"init: {' and '.join(unread)} beside {', '.join(why)}: not read together. Leave one of them out."
+            )
         self.file, self.into, self.prefix, self.ignore = Path(file), into, prefix, tuple(ignore or ())
         self.strict, self.only_adapter, self.inside, self.inflate = strict, only_adapter, inside, inflate
         self.weights: Literal["ema", "raw"] = weights
@@ -77,6 +86,7 @@ class WeightSource:
 
         Raises:
             ValueError: no such file, module or mixin, or the weights do not fit; nothing was changed then.
+            OSError: reading failed; it says so if the module is half filled.
         """
         if self.only_adapter is not None:
             mixins = attached(engine)
@@ -99,16 +109,16 @@ class WeightSource:
         return Filled(f"{self.file.name}: {report}", tuple(begin + name for name in report.loaded))
 
     def _is_published(self) -> bool:
-        """Whether the file is written as others do: with other names, or with more than weights."""
-        if self.prefix or self.inside or not self.strict:
+        """Whether the file is written by others and its names are not brought to ours by ``prefix``."""
+        if self.prefix or self.inside:
             return False
-        if self.file.is_dir():
-            return is_pipeline(self.file)
-        try:
-            found = recognise(open_weights(self.file).header)
-        except UnknownFamilyError:
-            return False
-        return bool(found.layout != "vdiff" or found.beside or self.leave_out)
+        found = is_pipeline(self.file) if self.file.is_dir() else is_by_others(open_weights(self.file).header)
+        if found and not self.strict:
+            raise ValueError(
+                f"init: {self.file} is not by our names, and strict: false is for files that are. Of a published file, "
+                "ignore: leaves weights of the module alone, leave_out: names in the file."
+            )
+        return found
 
     def _load_into(self, engine: nn.Module) -> LoadReport:
         try:
@@ -120,16 +130,30 @@ class WeightSource:
         if self._is_published():
             tensors = read_parts(open_weights(self.file), begin, self.weights, self.given)
             tensors = {name.removeprefix(begin): value for name, value in tensors.items()}
+        elif self.given:
+            raise ValueError(f"init: {self.file} is by our names, and given: is of published files. Leave it out.")
         elif self.file.is_dir():
             tensors, _ = read_run_weights(find_checkpoint(self.file), self.weights)
+            tensors = self._without(tensors)
             tensors = {n.removeprefix(begin): v for n, v in tensors.items() if n.startswith(begin)}
         else:
-            tensors = read_weights(self.file, self.inside)
+            tensors = self._without(read_weights(self.file, self.inside))
         where = f"init: {self.file} into {self.into or 'the engine'}"
+        if self.ignore:
+            check_met(self.ignore, {*target.state_dict(), *by_prefix(tensors, self.prefix, where)[0]}, where)
         return load_into(
             target, tensors, strict=self.strict, ignore=self.ignore, prefix=self.prefix, inflate=self.inflate,
             where=where,
         )  # fmt: skip
+
+    def _without(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is not left out."""
+        for start in self.leave_out:
+            if not any(name.startswith(start) for name in tensors):
+                raise ValueError(
+                    f"init: leave_out {start!r} meets no name in {self.file}. They begin: {summary(tensors)}."
+                )
+        return {n: v for n, v in tensors.items() if not (self.leave_out and n.startswith(self.leave_out))}
 
 
 @dataclass(frozen=True)
