@@ -103,6 +103,8 @@ def test_an_engines_own_file_fills_all_of_it(engine, file, tmp_path):
     assert done.new == () and all(torch.equal(v, again.state_dict()[n]) for n, v in made.state_dict().items())
     with pytest.raises(ValueError, match=r"missing in the file: .*loss\.log_variance"):
         initialize(again, [WeightSource(file)])
+    done = initialize(again, [WeightSource(file, ignore=["loss.*", "conditioner.embedders.1.*"])])
+    assert set(done.new) == {"loss.log_variance", "conditioner.embedders.1.weight"}
 
 
 def test_ignored_names_are_below_into_in_a_file_of_either_kind(engine, file, tmp_path):
