@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vdiff.losses import ConsistencyLoss, HuberLoss, MSELoss
-from vdiff.process import CosineSchedule, Prediction, parameterization
+from vdiff.process import CosineSchedule, FlowSchedule, Prediction, ZeroSNRSchedule, parameterization
 from vdiff.registry import build
 
 
@@ -60,6 +60,27 @@ def test_a_shorter_step_counts_more_where_it_is_asked_for():
     prediction, level, _ = problem()
     plain, weighed = (loss_of(ConsistencyLoss(per_step=on), prediction, level).per_row for on in (False, True))
     torch.testing.assert_close(weighed, plain / (level.ratio - level.lower.ratio).float())
+
+
+def test_a_step_that_has_no_length_is_refused_where_it_is_to_count():
+    """Its pair would never count; a plain loss takes it."""
+    t = torch.tensor([1.0, 0.5])
+    for schedule in (FlowSchedule(), ZeroSNRSchedule()):
+        level, x = schedule(t).paired(schedule(t - 0.1)), torch.ones(2, 1, 3, 3)
+        prediction = Prediction(parameterization("x0"), x, x, level)
+        prediction = prediction.with_(target=prediction.with_(value=x / 2, level=level.lower))
+        assert loss_of(ConsistencyLoss(), prediction, level).per_row.all()
+        with pytest.raises(ValueError, match="one from pure noise is infinite.*uniform, start: 0.99"):
+            loss_of(ConsistencyLoss(per_step=True), prediction, level)
+
+
+def test_levels_by_frame_have_no_step_of_a_row():
+    t, x = torch.full((2, 5), 0.5), torch.ones(2, 1, 5, 3, 3)
+    level = FlowSchedule()(t).paired(FlowSchedule()(t - 0.1))
+    prediction = Prediction(parameterization("x0"), x, x, level)
+    prediction = prediction.with_(target=prediction.with_(level=level.lower))
+    with pytest.raises(ValueError, match=r"levels are by frame, \(2, 5\)"):
+        loss_of(ConsistencyLoss(per_step=True), prediction, level)
 
 
 def test_where_student_and_target_agree_it_is_zero_and_so_is_its_gradient():

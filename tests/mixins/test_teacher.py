@@ -15,7 +15,7 @@ from vdiff.denoisers import Denoiser, VDenoiser
 from vdiff.engine import DiffusionEngine
 from vdiff.hooks import parts
 from vdiff.losses import ConsistencyLoss
-from vdiff.mixins import Consistency, LoRA, Teacher
+from vdiff.mixins import ByLevel, Consistency, LoRA, RefModel, Teacher
 from vdiff.networks import UNet
 from vdiff.process import (
     Conditioning,
@@ -33,6 +33,7 @@ from vdiff.process import (
 )
 from vdiff.samplers import CFGGuider, ConsistencySampler, DDIMSampler, HeunSampler
 from vdiff.training import EMA, Checkpointing, Logging, Trainer, TrainGroup
+from vdiff.training.ema import lend
 
 SCHEDULES = {"edm": EDMSchedule(), "cosine": CosineSchedule(), "flow": FlowSchedule(), "sd": ScaledLinearSchedule()}
 
@@ -187,6 +188,38 @@ def test_a_guided_teacher_takes_the_step_of_classifier_free_guidance():
         denoiser(x_t, level, cond.with_(null=None))
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_the_target_is_the_same_wherever_the_teacher_stands(solver):
+    """Whatever else changes the arguments at the denoiser: it does so once, at the level that is asked about."""
+    found = []
+    for is_first in (True, False):
+        denoiser, (x_t, level, cond) = make().requires_grad_(False), question()
+        torch.manual_seed(2)
+        lora = LoRA(rank=2).attach(denoiser)
+        for parameter in lora.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        teacher, gate = Teacher("mixins_off", solver=solver), ByLevel("lora", {0.1: 0.2, 10.0: 0.8})
+        for mixin in (teacher, gate) if is_first else (gate, teacher):
+            mixin.attach(denoiser)
+        found.append(denoiser(x_t, level, cond))
+    x_s = part_of(teacher).step(make(), x_t, level, cond)  # the plain network is the teacher
+    want = denoiser(x_s, level.lower, cond)
+    for prediction in found:
+        torch.testing.assert_close(prediction.target.x0, want.x0, rtol=1e-4, atol=1e-5)
+
+
+def test_a_reference_and_a_teacher_go_together_in_either_order():
+    denoiser, (x_t, level, cond) = make(), question()
+    said = denoiser(x_t, level, cond).value
+    for kinds in ((RefModel, Teacher), (Teacher, RefModel)):
+        student = make()
+        for kind in kinds:
+            kind(source="copy").attach(student).begin()
+        prediction = student(x_t, level, cond)
+        assert torch.equal(prediction.reference.value, said) and prediction.target.reference is None
+        assert torch.equal(prediction.target.level.t, level.lower.t)
+
+
 def test_a_teacher_from_a_file_must_fit(tmp_path):
     save_weights(tmp_path / "other.safetensors", make(scale_shift_norm=True).state_dict(), {})
     with pytest.raises(ValueError, match="Teacher: .*other.safetensors"):
@@ -275,6 +308,68 @@ def test_the_teacher_is_in_no_optimizer_average_or_checkpoint_and_the_average_ma
     assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), plain.parameters(), strict=True))
     with pytest.raises(ValueError, match="nothing keeps one. Set training.ema"):
         trained(tmp_path / "none", 1, ema=False, target="ema")
+
+
+class WithLayer(nn.Sequential):
+    def __init__(self, table):
+        super().__init__(table, nn.Linear(4, 4))
+        self.weight = table.weight
+
+
+def lent(student, is_moved):
+    """An average of all parameters; moved, it is another one than the student."""
+    ema = EMA(0.9)
+    ema.start(dict(student.named_parameters()))
+    if is_moved:
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.mul_(1.1)
+    return lend(ema, student)
+
+
+def test_under_autocast_the_student_is_trained_at_its_own_weights():
+    batch, found = Loader(Digits("test"), 4).batch(0), []
+    for is_on in (True, False):
+        student = engine(target="ema")
+        student.denoiser.register_forward_hook(lambda module, args, output: found.append(output.value))
+        part_of(student.mixins["teacher"]).enabled = is_on
+        level, noise = student.draw(batch["image"], batch)
+        with lent(student, is_moved=True), torch.autocast("cpu", torch.bfloat16):
+            cond = student.conditioner(batch)
+            for _ in range(2):
+                student.denoiser(level.mix(batch["image"], noise), level, cond)
+    target, asked, second_target, second, alone, _ = found
+    assert torch.equal(asked, alone) and torch.equal(second, alone) and not torch.equal(target, asked)
+    assert torch.equal(second_target, target)  # and not the student's, though autocast holds casts of its weights
+
+
+def test_a_trained_conditioner_has_the_gradient_of_a_step_without_an_average():
+    """Its weights are swapped after its forward and back before its backward; here the average is the student."""
+    batch, grads = Loader(Digits("test"), 4).batch(0), []
+    for target in ("student", "ema"):
+        student = engine(target=target).train()
+        (embedder,) = student.conditioner.embedders
+        embedder.null_kind, embedder.table = "zero", WithLayer(embedder.table)  # autograd keeps weights of the layer
+        for parameter in student.parameters():
+            if not parameter.any():
+                nn.init.constant_(parameter, 0.1)
+        with lent(student, is_moved=False):
+            student(batch).per_row.mean().backward()
+        grads.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    assert any(name.startswith("conditioner.") and grad.any() for name, grad in grads[0].items())
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert torch.equal(grads[1][name], grad), name
+
+
+def test_an_average_is_lent_for_the_run_and_no_longer(tmp_path):
+    student = trained(tmp_path, 1, target="ema")
+    teacher = student.mixins["teacher"]
+    assert teacher.average is None
+    with pytest.raises(KeyError), lent(student, is_moved=False):
+        assert teacher.average is not None
+        raise KeyError
+    assert teacher.average is None
 
 
 def test_compiled_is_eager_in_three_graphs():

@@ -11,6 +11,7 @@ from vdiff.process import (
     EDMSchedule,
     FlowSchedule,
     LCMBoundary,
+    NoiseLevel,
     ScaledLinearSchedule,
     ZeroSNRSchedule,
 )
@@ -68,6 +69,22 @@ def test_latent_consistency_models_have_that_of_diffusers():
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     c_skip, c_out = LCMBoundary()(level[0])
     assert c_skip == pytest.approx(1, abs=1e-9) and c_out == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_below_the_level_that_counts_as_data_it_stays_the_identity(schedule, dtype):
+    """Down to data itself, where sigma is 0."""
+    low = 0.05
+    ratios = torch.tensor([low, low / 2, 0.0], dtype=torch.float64)
+    level = NoiseLevel(ratios, *(1 + ratios**2).rsqrt() * torch.stack([ratios**0, ratios]), ratios, ratios).to(dtype)
+    for smallest in (low, 0.06):
+        c_skip, c_out = EDMBoundary(smallest)(level)
+        torch.testing.assert_close(c_skip * level.alpha, torch.ones(3, dtype=dtype), rtol=1e-6, atol=1e-6)
+        assert c_out.abs().max() < 1e-6
+    c_skip, c_out = LCMBoundary()(schedule(torch.tensor([1e-3, 4e-4, 0.0], dtype=dtype)))
+    torch.testing.assert_close(c_skip, torch.ones(3, dtype=dtype), rtol=1e-6, atol=1e-6)
+    assert (c_out >= 0).all() and c_out.max() < 1e-6
 
 
 def test_boundaries_are_a_kind_and_check_their_arguments():

@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -76,6 +78,47 @@ def test_applied_swaps_exactly_and_restores_bit_for_bit(dtype):
     assert pointers == [p.data_ptr() for p in model.parameters()]  # compiled code keeps its addresses
     assert all(torch.equal(v, average[n]) for n, v in ema.state_dict().items())
     assert all(v.dtype == torch.float32 for v in average.values())
+
+
+def averaged(model):
+    """An average that is not the model's weights."""
+    ema = EMA(decay=0.5)
+    ema.start(dict(model.named_parameters()))
+    walk(model, 0)
+    return ema
+
+
+def test_under_autocast_each_is_asked_with_its_own_weights():
+    """Autocast keeps casts of weights until it is left; those of others are no use to either."""
+    model, x = nn.Linear(3, 5), torch.randn(4, 3)
+    ema = averaged(model)
+
+    def asked(*names):
+        answers = []
+        with torch.autocast("cpu", torch.bfloat16):
+            for name in names:
+                with ema.applied(model) if name == "average" else nullcontext():
+                    answers.append(model(x))
+        return answers
+
+    (own,), (average,) = asked("own"), asked("average")
+    assert not torch.equal(own, average)
+    for got, want in zip(asked("own", "average", "own"), (own, average, own), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_gradient_does_not_know_of_an_average_that_was_asked_between():
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(4, 3)
+    ema, grads = averaged(model), []
+    for is_asked in (False, True):
+        model.zero_grad()
+        loss = model(x).square().sum()
+        if is_asked:
+            with ema.applied(model), torch.no_grad():
+                model(x)
+        loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_small_changes_are_not_lost_in_half_precision():

@@ -11,6 +11,7 @@ import torch
 
 from vdiff.data import Digits
 from vdiff.engine import DiffusionEngine
+from vdiff.hooks import attached
 from vdiff.process import forked
 from vdiff.registry import load_config
 from vdiff.training import EMA, SGD, AdamW, CosineLRSchedule, Logging, Trainer
@@ -109,6 +110,36 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_as_if_it_had_not(native
         assert torch.equal(value, native[name]), name
     for name, value in resumed.ema.state_dict().items():
         assert torch.equal(value, whole.ema.state_dict()[name]), name
+
+
+def student():
+    from vdiff.losses import ConsistencyLoss
+    from vdiff.mixins import Consistency, Teacher
+    from vdiff.process import GridSigmaSampler
+
+    one = engine()
+    one.sigma_sampler, one.loss = GridSigmaSampler(8), ConsistencyLoss()
+    Consistency().attach(one)
+    Teacher(source="copy", target="ema").attach(one)
+    return one
+
+
+def test_a_resumed_run_has_the_teacher_that_it_began_with_and_lends_its_average_no_longer_than_it_lasts(tmp_path):
+    def module():
+        return EngineModule(student(), **recipe(), ema=EMA(0.9))
+
+    whole, stopped, resumed = module(), module(), module()
+    fit(whole, DataModule(Digits("train"), SIZE), tmp_path)
+    stop = fit(stopped, DataModule(Digits("train"), SIZE), tmp_path / "x", callbacks=[StopAfter(3)])
+    stop.save_checkpoint(tmp_path / "half.ckpt", weights_only=False)
+    fit(resumed, DataModule(Digits("train"), SIZE), tmp_path / "y", ckpt_path=tmp_path / "half.ckpt")
+    native = student()
+    loop = Trainer(STEPS, SIZE, **recipe(), ema=EMA(0.9), device="cpu", logging=Logging(1, []))
+    loop.fit(native, Digits("train"), tmp_path / "native")
+    for name, value in native.state_dict().items():
+        assert torch.equal(whole.engine.state_dict()[name], value), name
+        assert torch.equal(resumed.engine.state_dict()[name], value), name
+    assert attached(resumed.engine)["teacher"].average is None
 
 
 class StopAfter(lightning.Callback):

@@ -31,6 +31,8 @@ def insert(sites: Iterable[tuple[str, nn.Module, Part]], who: str) -> None:
             host.add_module(PORT, Port().train(host.training))
         port = cast(Port, host._modules[PORT])
         port.add_module(part.mixin_name, part.train(host.training))
+        if part.is_outermost:
+            port._modules = {part.mixin_name: part} | port._modules
         _register(host, port)
     _forget_compiled()
 

@@ -29,6 +29,8 @@ class Part(nn.Module):
     A part holds the mixin's weights for this site as its own parameters. It never changes the host.
 
     Attributes:
+        is_outermost: Whether it comes before the parts that were attached earlier, and so is given what the host was
+            called with, not what another part made of it.
         replaces: Whether it puts its own value in the place of the host's, rather than adding to it;
             a site takes one such part.
         unit: What the buffer ``scale`` holds when the mixin's scale is 1 (LoRA: alpha / rank).
@@ -44,6 +46,7 @@ class Part(nn.Module):
         given: What another part of the mixin, further out, left for this one in this call.
     """
 
+    is_outermost: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
     unit: float = 1.0
     accepts: tuple[str, ...] = ()
@@ -104,7 +107,7 @@ class Part(nn.Module):
 
 
 class Port(nn.ModuleDict):
-    """The parts at one module, by the name of their mixin, in the order of attachment."""
+    """The parts at one module, by the name of their mixin, in the order of attachment, outermost ones first."""
 
     if TYPE_CHECKING:
         _modules: dict[str, Part]  # type: ignore[assignment]

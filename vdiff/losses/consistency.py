@@ -31,7 +31,8 @@ class ConsistencyLoss(Loss):
     Args:
         error: What E is; by default the squared error of x0.
         huber: The c above: where the distance turns from square to straight; None is E itself.
-        per_step: Whether a pair counts as much more as its step is shorter, in sigma / alpha.
+        per_step: Whether a pair counts as much more as its step is shorter, in sigma / alpha. A step from pure noise
+            has no length there: on the host an error, on a device, which is not waited for, a loss that is NaN.
 
     References:
         Song et al., arXiv:2303.01469, eq. 7; Song & Dhariwal, arXiv:2310.14189, section 3.3 for c and table 1 for
@@ -59,7 +60,7 @@ class ConsistencyLoss(Loss):
         error = self.error.errors(prediction, truth.x0, truth.noise, level, batch)
         per_row = self.distance(error)
         if self.per_step:
-            per_row = per_row / (level.ratio - target.level.ratio).to(per_row).clamp(min=1e-8)
+            per_row = per_row / _step(level, target.level).to(per_row)
         per_row = per_row.float()
         return LossValues(per_row, by_bucket(per_row, level) | {"consistency/error": error.detach().float()})
 
@@ -69,3 +70,20 @@ class ConsistencyLoss(Loss):
             return error
         root = (error + self.huber**2).clamp(min=torch.finfo(error.dtype).tiny).sqrt()
         return error / (root + self.huber)  # without cancellation
+
+
+def _step(level: NoiseLevel, lower: NoiseLevel) -> Tensor:
+    """Length of a step by row ``(B,)``; not a number where it is infinite."""
+    if level.t.ndim > 1:
+        raise ValueError(
+            f"ConsistencyLoss: per_step measures one step a row, and the levels are by frame, {tuple(level.t.shape)}. "
+            "Set per_step: false, or draw one level a row."
+        )
+    step = level.ratio - lower.ratio
+    if step.device.type == "cpu" and not step.isfinite().all():
+        raise ValueError(
+            "ConsistencyLoss: per_step divides by a step in sigma / alpha, and the one from pure noise is infinite, so "
+            "that pair would never count. Begin the grid below it (discretizer: {type: uniform, start: 0.99}), or set "
+            "per_step: false."
+        )
+    return step.clamp(min=1e-8).where(step.isfinite(), torch.nan)

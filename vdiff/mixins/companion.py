@@ -128,8 +128,9 @@ class Companion(Mixin, abstract=True):
 
 
 class CompanionPart(Part):
-    """At a denoiser: what asks the companion."""
+    """At a denoiser: what asks the companion, with the arguments that the denoiser was called with."""
 
+    is_outermost = True
     source: Source
     adapter: str | None
     words: tuple[str, str, str]  # the mixin's class, the companion, the model that is trained
@@ -159,7 +160,7 @@ class CompanionPart(Part):
         """What to call, without gradient; not the module itself, so that hooks of the denoiser stay out of it."""
         with torch.no_grad():
             if self.source in ("mixins_off", "adapter"):
-                with _only(module, self.adapter):
+                with only(module, lambda part: part.mixin_name == self.adapter):
                     yield module.forward
                 return
             companion = self.companion or self.hold(_copied(module, self))
@@ -228,12 +229,12 @@ class CompanionPart(Part):
 
 
 @contextmanager
-def _only(module: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Every mixin off but ``adapter``, and everything in eval mode."""
+def only(module: nn.Module, is_on: Callable[[Part], bool]) -> Iterator[None]:
+    """Every other part off, and everything in eval mode."""
     before = [(part, part.enabled) for part in parts(module)]
     try:
         for part, _ in before:
-            part.enabled = part.mixin_name == adapter
+            part.enabled = is_on(part)
         with in_eval(module):
             yield
     finally:

@@ -10,9 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vdiff.hooks import On
-from vdiff.mixins.companion import Companion, CompanionPart, Source
-from vdiff.networks import in_eval
+from vdiff.hooks import On, Part
+from vdiff.mixins.companion import Companion, CompanionPart, Source, only
 from vdiff.process import Conditioning, LevelPair, NoiseLevel, Prediction
 
 Asked = Callable[..., Prediction]
@@ -40,7 +39,7 @@ class Teacher(Companion):
         name: See :class:`Mixin`.
 
     Attributes:
-        average: Inside it the denoiser has averaged weights; a trainer with ``ema`` sets it.
+        average: Inside it the denoiser has averaged weights; a trainer with ``ema`` lends it while it trains.
 
     References:
         Song et al., arXiv:2303.01469, algorithm 2; Luo et al., arXiv:2310.04378, eq. 14, for the guided step; Song &
@@ -84,8 +83,7 @@ class TeacherPart(CompanionPart):
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before the student keeps anything for its gradient, as with a reference."""
-        target = self._asked(module, *args, **kwargs)
-        self._target = target  # the student was asked on the way, which passes through here too
+        self._target = self._asked(module, *args, **kwargs)
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Prediction:
@@ -102,7 +100,7 @@ class TeacherPart(CompanionPart):
         with self.asked(module) as teacher:
             x_s = self.step(teacher, x_t, level, cond)
         average = self.mixin.average if self.is_averaged else None
-        with nullcontext() if average is None else average(), in_eval(module):
+        with nullcontext() if average is None else average(), only(module, _is_students):
             return module(x_s, level.lower, cond)
 
     def step(self, teacher: Asked, x_t: Tensor, level: LevelPair, cond: Conditioning | None) -> Tensor:
@@ -129,3 +127,7 @@ class TeacherPart(CompanionPart):
         said = teacher(torch.cat([x_t, x_t]), NoiseLevel.cat([level, level]), both)
         plain, null = said.value.chunk(2)
         return Prediction(said.language, null + self.guidance * (plain - null), x_t, level)
+
+
+def _is_students(part: Part) -> bool:
+    return part.enabled and not isinstance(part, CompanionPart)

@@ -2,13 +2,15 @@ r"""Boundary conditions: what makes of any prediction a consistency function.
 
 A consistency function takes every point of a trajectory to the trajectory's end, the level that counts as data; there
 it must be the identity. A boundary writes it as :math:`f = c_{skip}\,x_t + c_{out}\,\hat x_0` with
-:math:`c_{skip} = 1 / \alpha` (as good as 1) and :math:`c_{out} = 0` at that level, and nearly 0 and 1 far above it.
+:math:`c_{skip} = 1 / \alpha` (as good as 1) and :math:`c_{out} = 0` at that level and below it, and nearly 0 and 1 far
+above it.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from vdiff.process.level import NoiseLevel
@@ -49,9 +51,9 @@ class EDMBoundary(Boundary, name="edm"):
 
     def __call__(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         # F = (x0 - c_skip x) / c_out in EDM's own coefficients; times powers of alpha, so that pure noise is finite.
-        above = level.sigma - self.sigma_min * level.alpha
+        above = (level.sigma - self.sigma_min * level.alpha).clamp(min=0)
         data = (level.alpha * self.sigma_data) ** 2
-        c_out = above / level.sigma
+        c_out = above / level.sigma.clamp(min=torch.finfo(level.sigma.dtype).tiny)  # 0 / 0 is 0: data itself
         c_skip = level.alpha * self.sigma_data**2 * (1 / (above**2 + data) - c_out / (level.sigma**2 + data))
         return c_skip, c_out
 
@@ -77,6 +79,6 @@ class LCMBoundary(Boundary, name="lcm"):
         self.scaling, self.sigma_data, self.num_rows = scaling, sigma_data, num_rows
 
     def __call__(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        s = self.scaling * (level.t * self.num_rows - 1)
+        s = self.scaling * (level.t * self.num_rows - 1).clamp(min=0)
         total = s**2 + self.sigma_data**2
         return self.sigma_data**2 / total, s / total.sqrt()

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from vdiff.hooks import attached
+from vdiff.hooks import parts
 from vdiff.mixins import Teacher
 
 
@@ -62,17 +62,18 @@ class EMA:
 
     @contextmanager
     def applied(self, engine: nn.Module) -> Iterator[None]:
-        """The engine with averaged weights inside; its own are back afterwards, bit for bit."""
+        """The engine with averaged weights inside; its own are back afterwards, bit for bit.
+
+        Also between a forward and its backward, and under autocast; but no backward of the engine runs inside.
+        """
         params = dict(engine.named_parameters())
         mine: list[Tensor] = [params[name] for name in self._average]
-        with torch.no_grad():
-            kept = [p.detach().clone() for p in mine]
-            _copy(mine, list(self._average.values()))
+        kept = [p.detach().clone() for p in mine]
         try:
+            _put(mine, list(self._average.values()))
             yield
         finally:
-            with torch.no_grad():
-                _copy(mine, kept)
+            _put(mine, kept)
 
     def to(self, device: torch.device) -> None:
         """Move the average to where the weights are."""
@@ -89,22 +90,32 @@ class EMA:
             self._average[name].copy_(value)
 
 
-def lend(ema: EMA | None, engine: nn.Module) -> None:
-    """Let teachers attached to the engine ask its average.
+@contextmanager
+def lend(ema: EMA | None, engine: nn.Module) -> Iterator[None]:
+    """Inside, teachers attached to the engine may ask its average.
 
     Raises:
         ValueError: one wants to, and the run keeps none.
     """
-    for mixin in attached(engine).values():
-        if isinstance(mixin, Teacher) and mixin.target == "ema":
-            if ema is None:
-                raise ValueError(
-                    f"Teacher: {mixin.name!r} is to ask the run's average of the student, and nothing keeps one. Set "
-                    "training.ema, or use target: student."
-                )
-            mixin.average = partial(ema.applied, engine)
+    found = {id(part.mixin): part.mixin for part in parts(engine)}.values()
+    asking = [mixin for mixin in found if isinstance(mixin, Teacher) and mixin.target == "ema"]
+    if asking and ema is None:
+        raise ValueError(
+            f"Teacher: {asking[0].name!r} is to ask the run's average of the student, and nothing keeps one. Set "
+            "training.ema, or use target: student."
+        )
+    try:
+        for mixin in asking:
+            mixin.average = None if ema is None else partial(ema.applied, engine)
+        yield
+    finally:
+        for mixin in asking:
+            mixin.average = None
 
 
-def _copy(to: list[Tensor], values: list[Tensor]) -> None:
-    if to:
-        torch._foreach_copy_(to, values)
+def _put(params: list[Tensor], values: list[Tensor]) -> None:
+    """As if nothing had been written, for what autograd keeps: the old values are back before it reads them."""
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(params)):
+        if params:
+            torch._foreach_copy_(params, values)
+    torch.clear_autocast_cache()  # it holds casts of the values before

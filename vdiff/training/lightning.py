@@ -25,6 +25,8 @@ from torch import Tensor
 
 from vdiff.data import Dataset, Loader
 from vdiff.engine import Engine
+from vdiff.hooks import attached
+from vdiff.mixins import Companion
 from vdiff.process import forked, upload
 from vdiff.registry import Config, load_config
 from vdiff.training.ema import EMA, lend
@@ -74,12 +76,15 @@ class EngineModule(LightningModule):
         self.selection = select(engine, train, self.recipe, new)
         if ema is not None:
             ema.start(self.selection.trained)
-        lend(ema, engine)
+        for mixin in attached(engine).values():
+            if isinstance(mixin, Companion):
+                mixin.begin()  # a copy of the weights that the run starts from; a checkpoint is loaded later
         self._means = Means()
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
         """The engine's loss values."""
-        return self.engine(batch)
+        with lend(self.ema, self.engine):
+            return self.engine(batch)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.recipe(self.selection.groups)
@@ -91,7 +96,7 @@ class EngineModule(LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         with forked(self.seed, "step", self.global_step, self.global_rank):
-            values = self.engine(batch)
+            values = self(batch)
         self._means.add({"loss": values.per_row, **values.metrics})
         return values.per_row.mean()
 
@@ -114,7 +119,7 @@ class EngineModule(LightningModule):
 
     def _report(self, batch: Mapping[str, Any], batch_idx: int, name: str) -> None:
         with forked(self.seed, "validation", batch_idx):
-            loss = self.engine(batch).per_row
+            loss = self(batch).per_row
         self.log(f"{name}/loss", loss.mean(), on_epoch=True, sync_dist=True, batch_size=len(loss))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class Trainer(Training, name="loop"):
         run.mkdir(parents=True, exist_ok=True)
         datasets = dict(data) if isinstance(data, Mapping) else {"train": data}
         loader = Loader(datasets["train"], self.batch_size, self.seed, self.accumulate, self.num_workers)
-        with locked(run), stop_requests() as stop:
+        with locked(run), stop_requests() as stop, lend(self.ema, engine):
             state, notes = self.prepare(engine, run)
             report = start_report(engine, state.selection, datasets, loader.batch(0), notes)
             (run / "report.txt").write_text(report, encoding="utf-8")
@@ -143,7 +143,6 @@ class Trainer(Training, name="loop"):
         state = RunState(engine, selection, optimizer, scheduler, scaler, self.ema, self.seed)
         if self.ema is not None:
             self.ema.start(selection.trained)
-        lend(self.ema, engine)
         if folder is None:
             notes = [f"Initialised: {line}" for line in begun.lines]
         else:

@@ -17,7 +17,6 @@ from vdiff.training.figures import Means
 
 MoveBatch = Callable[[Mapping[str, Any]], dict[str, Any]]
 
-# Entered anew after every swap of weights: autocast keeps its casts of them until it is left.
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
