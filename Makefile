@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := outputs/digits_edm
+# Bytecode is kept, whatever the environment says: tests start scores of processes that import torch.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test test-slow lint docs bench clean
 

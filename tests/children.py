@@ -5,7 +5,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
-PRELOADED = ["torch", "sklearn.datasets", "rich.progress", "children", "vdiff.training", "vdiff.engine"]
+PRELOADED = [
+    "torch", "sklearn.datasets", "rich.progress", "omegaconf", "omegaconf.grammar_parser", "children", "vdiff.training",
+    "vdiff.engine", "vdiff.evaluation",
+]  # fmt: skip
 SERVER.set_forkserver_preload(PRELOADED)
 
 
