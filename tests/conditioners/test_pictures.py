@@ -144,3 +144,7 @@ def test_without_a_first_stage_of_its_own_it_goes_through_the_engines():
     copied = other.conditioner.embedders[0]
     assert torch.equal(copied.encode(pixels), other.first_stage.encode(pixels))
     assert not torch.equal(copied.encode(pixels), made.encode(pixels))
+    engine.first_stage = IdentityFirstStage()  # and goes through another once the engine does
+    assert torch.equal(made.encode(pixels), pixels)
+    engine.conditioner = EmbedderConditioner([later := ImageLatentsEmbedder(noised="nothing")])
+    assert torch.equal(later.encode(pixels), pixels)

@@ -11,7 +11,7 @@ from vdiff.engine import DiffusionEngine
 from vdiff.hooks import attached
 from vdiff.mixins import LoRA
 from vdiff.registry import ConfigError, load_config
-from vdiff.training import AdamW, TrainGroup, WeightSource, read_log, select, train
+from vdiff.training import AdamW, TrainGroup, InitEntry, read_log, select, train
 from vdiff.training.init import initialize
 
 NETWORK = (
@@ -106,7 +106,7 @@ def test_a_video_is_at_first_so_many_images_to_the_whole_engine(whole):
     """Over two frames, at the same noise: a frame is to the inflated network what an image is."""
     videos = DiffusionEngine.from_config(config(whole)).eval()
     images = DiffusionEngine.load(whole / "images").eval()
-    initialize(videos, [WeightSource(whole / "images", inflate=True)])
+    initialize(videos, [InitEntry(whole / "images", inflate=True)])
     x = torch.randn(3, 1, 2, 10, 10, generator=torch.Generator().manual_seed(0))
     label = torch.tensor([3, 1, 7])
     with torch.no_grad():
@@ -143,17 +143,17 @@ def test_a_file_of_the_network_alone_leaves_the_conditioner_new(whole, tmp_path)
     convert_checkpoint(open_weights(tmp_path / "sd.safetensors"), tmp_path / "diffusers", "diffusers", parts=["unet"])
     for file in ("sd.safetensors", "diffusers"):
         engine = DiffusionEngine.from_config(config(whole))
-        new = initialize(engine, [WeightSource(tmp_path / file, into="denoiser.network", inflate=True)]).new
+        new = initialize(engine, [InitEntry(tmp_path / file, into="denoiser.network", inflate=True)]).new
         assert {name for name in new if not is_over_time(name)} == {"conditioner.embedders.0.table.weight"}
         assert torch.equal(engine.denoiser.network.out[2].weight, images["denoiser.network.out.2.weight"])
     with pytest.raises(UnknownFamilyError, match="looked for first_stage.; it holds denoiser.network.* .unet, sgm"):
-        initialize(engine, [WeightSource(tmp_path / "sd.safetensors", into="first_stage", inflate=True)])
+        initialize(engine, [InitEntry(tmp_path / "sd.safetensors", into="first_stage", inflate=True)])
 
 
 def test_a_first_entry_may_have_its_own_part_of_the_rest(whole):
     """First match wins, as ever: here the whole network learns, but what is old a hundred times slower."""
     engine = DiffusionEngine.from_config(config(whole))
-    new = initialize(engine, [WeightSource(whole / "images", inflate=True)]).new
+    new = initialize(engine, [InitEntry(whole / "images", inflate=True)]).new
     entries = [TrainGroup("new"), TrainGroup("denoiser", lr=1e-5)]
     selection = select(engine, entries, AdamW(lr=1e-3), new)
     assert [(row.name, row.num_tensors) for row in selection.rows][0] == ("new", len(new))
@@ -178,13 +178,13 @@ def test_new_is_what_no_entry_fills_and_no_module_freezes_with_mixins_among_it(t
     host = Host()
     LoRA(rank=1, on="body", name="small").attach(host)
     file = saved(tmp_path, weight=torch.ones(2, 2), bias=torch.ones(2))
-    body = WeightSource(file, into="body", ignore=["bias"])
+    body = InitEntry(file, into="body", ignore=["bias"])
     new = initialize(host, [body]).new
     mixin = {name for name, _ in host.named_parameters() if "small" in name}
     assert set(new) == {"body.bias", "head.weight", "head.bias"} | mixin and len(mixin) == 2
-    assert set(initialize(host, [body, WeightSource(file, into="head")]).new) == {"body.bias"} | mixin
+    assert set(initialize(host, [body, InitEntry(file, into="head")]).new) == {"body.bias"} | mixin
     attached(host)["small"].save(tmp_path / "small.safetensors")
-    entries = [body, WeightSource(tmp_path / "small.safetensors", only_adapter="small")]
+    entries = [body, InitEntry(tmp_path / "small.safetensors", only_adapter="small")]
     assert set(initialize(host, entries).new) == {"body.bias", "head.weight", "head.bias"}
 
 
@@ -194,9 +194,9 @@ def test_new_without_a_start_or_with_nothing_left_is_an_error(tmp_path):
         select(host, [TrainGroup("new")], AdamW(), initialize(host, []).new)
     file = saved(tmp_path, weight=torch.ones(2, 2), bias=torch.ones(2))
     with pytest.raises(ValueError, match="and the entries of `init:` fill it all"):
-        select(host, [TrainGroup("new")], AdamW(), initialize(host, [WeightSource(file, into="body")]).new)
+        select(host, [TrainGroup("new")], AdamW(), initialize(host, [InitEntry(file, into="body")]).new)
     with pytest.raises(ValueError, match="leave out into, prefix, inside, inflate"):
-        WeightSource(file, only_adapter="small", inflate=True)
+        InitEntry(file, only_adapter="small", inflate=True)
 
 
 def test_lightning_trains_the_same(whole):

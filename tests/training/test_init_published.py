@@ -12,7 +12,7 @@ from vdiff.checkpoints import convert_checkpoint, open_weights, save_weights
 from vdiff.losses import LatentDiffusionLoss
 from vdiff.process import ScaledLinearSchedule
 from vdiff.registry import build, load_config
-from vdiff.training.init import WeightSource, initialize
+from vdiff.training.init import InitEntry, initialize
 
 CONFIG = Path(__file__).parents[2] / "configs" / "families" / "sd21_base.yaml"
 TEXT = "{embed_dim: 24, width: 16, heads: 2, layers: 2, context_length: 16, vocab_size: 100}"
@@ -52,7 +52,7 @@ def filled(engine):
 
 
 def test_one_line_fills_the_engine_and_the_report_says_with_what(engine, file):
-    done = initialize(engine, [WeightSource(file)])
+    done = initialize(engine, [InitEntry(file)])
     filled(engine)
     assert done.new == () and "cond_stage_model.* -> conditioner.embedders.0: open_clip_text" in done.lines[0]
     assert "1 tensors left out, tables of a schedule (betas)" in done.lines[0]
@@ -60,7 +60,7 @@ def test_one_line_fills_the_engine_and_the_report_says_with_what(engine, file):
 
 def test_a_folder_of_diffusers_does_as_well(engine, file, tmp_path):
     convert_checkpoint(open_weights(file), tmp_path / "sd", "diffusers")
-    initialize(engine, [WeightSource(tmp_path / "sd")])
+    initialize(engine, [InitEntry(tmp_path / "sd")])
     filled(engine)
 
 
@@ -69,9 +69,9 @@ def test_files_of_parts_are_put_where_they_belong(engine, file, tmp_path):
     save_weights(tmp_path / "vae.safetensors", weights("autoencoder_kl") | {"loss.logvar": torch.zeros(1)})
     save_weights(tmp_path / "text.safetensors", weights("open_clip_text", "diffusers"))
     sources = [
-        WeightSource(file, "denoiser.network"),
-        WeightSource(tmp_path / "vae.safetensors", "first_stage"),
-        WeightSource(tmp_path / "text.safetensors", "conditioner.embedders.0"),
+        InitEntry(file, "denoiser.network"),
+        InitEntry(tmp_path / "vae.safetensors", "first_stage"),
+        InitEntry(tmp_path / "text.safetensors", "conditioner.embedders.0"),
     ]
     done = initialize(engine, sources)
     filled(engine)
@@ -79,10 +79,10 @@ def test_files_of_parts_are_put_where_they_belong(engine, file, tmp_path):
 
 
 def test_what_a_file_does_not_fill_is_new(engine, file):
-    done = initialize(engine, [WeightSource(file, ignore=["denoiser.network.out.2.*"])])
+    done = initialize(engine, [InitEntry(file, ignore=["denoiser.network.out.2.*"])])
     assert set(done.new) == {"denoiser.network.out.2.weight", "denoiser.network.out.2.bias"}
     with pytest.raises(ValueError, match="missing in the file: first_stage"):
-        initialize(engine, [WeightSource(file, leave_out=["first_stage_model."])])
+        initialize(engine, [InitEntry(file, leave_out=["first_stage_model."])])
 
 
 def test_an_engines_own_file_fills_all_of_it(engine, file, tmp_path):
@@ -99,28 +99,28 @@ def test_an_engines_own_file_fills_all_of_it(engine, file, tmp_path):
             value.normal_()
     save_weights(tmp_path / "own.safetensors", made.state_dict())
     assert "loss.log_variance" in made.state_dict()
-    done = initialize(again, [WeightSource(tmp_path / "own.safetensors")])
+    done = initialize(again, [InitEntry(tmp_path / "own.safetensors")])
     assert done.new == () and all(torch.equal(v, again.state_dict()[n]) for n, v in made.state_dict().items())
     with pytest.raises(ValueError, match=r"missing in the file: .*loss\.log_variance"):
-        initialize(again, [WeightSource(file)])
-    done = initialize(again, [WeightSource(file, ignore=["loss.*", "conditioner.embedders.1.*"])])
+        initialize(again, [InitEntry(file)])
+    done = initialize(again, [InitEntry(file, ignore=["loss.*", "conditioner.embedders.1.*"])])
     assert set(done.new) == {"loss.log_variance", "conditioner.embedders.1.weight"}
 
 
 def test_ignored_names_are_below_into_in_a_file_of_either_kind(engine, file, tmp_path):
     save_weights(tmp_path / "own.safetensors", weights("unet"))
     for source in (file, tmp_path / "own.safetensors"):
-        done = initialize(engine, [WeightSource(source, "denoiser.network", ignore=["out.2.*"])])
+        done = initialize(engine, [InitEntry(source, "denoiser.network", ignore=["out.2.*"])])
         assert {n for n in done.new if n.startswith("denoiser.")} == {
             "denoiser.network.out.2.weight",
             "denoiser.network.out.2.bias",
         }
         with pytest.raises(ValueError, match=r"ignore='denoiser\.network\.out\.2\.\*' meets no name"):
-            initialize(engine, [WeightSource(source, "denoiser.network", ignore=["denoiser.network.out.2.*"])])
+            initialize(engine, [InitEntry(source, "denoiser.network", ignore=["denoiser.network.out.2.*"])])
         with pytest.raises(ValueError, match=r"leave_out.?'safety\.' meets no name"):
-            initialize(engine, [WeightSource(source, "denoiser.network", leave_out=["safety."])])
+            initialize(engine, [InitEntry(source, "denoiser.network", leave_out=["safety."])])
         with pytest.raises(ValueError, match="given"):
-            initialize(engine, [WeightSource(source, "denoiser.network", given={"head_dim": 8})])
+            initialize(engine, [InitEntry(source, "denoiser.network", given={"head_dim": 8})])
 
 
 @pytest.mark.parametrize(
@@ -135,11 +135,11 @@ def test_ignored_names_are_below_into_in_a_file_of_either_kind(engine, file, tmp
 )
 def test_what_is_not_read_together_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        WeightSource("a.ckpt", **options)
+        InitEntry("a.ckpt", **options)
 
 
 def test_a_published_file_is_not_loaded_by_halves(engine, file):
     with pytest.raises(ValueError, match="strict: false is for files that are"):
-        initialize(engine, [WeightSource(file, strict=False)])
+        initialize(engine, [InitEntry(file, strict=False)])
     with pytest.raises(ValueError, match=r"no 'denoiser\.netwrok'\. Did you mean 'denoiser\.network'"):
-        initialize(engine, [WeightSource(file, "denoiser.netwrok")])
+        initialize(engine, [InitEntry(file, "denoiser.netwrok")])

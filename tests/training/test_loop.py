@@ -17,7 +17,7 @@ from vdiff.training import (
     RunLockedError,
     TrainGroup,
     Validation,
-    WeightSource,
+    InitEntry,
     read_log,
 )
 from vdiff.training.guard import BadStep, FiniteGuard
@@ -160,7 +160,7 @@ def test_the_delayed_guard_skips_on_the_device_and_names_the_first_bad_step():
 def test_weights_to_start_from_are_not_a_resume(toy, tmp_path):
     source = toy.engine(5)
     write(tmp_path / "source", {"model": source.state_dict()}, {})
-    trainer = toy.trainer(1, init=[WeightSource(tmp_path / "source", weights="raw")], optimizer=SGD(lr=0.0))
+    trainer = toy.trainer(1, init=[InitEntry(tmp_path / "source", weights="raw")], optimizer=SGD(lr=0.0))
     engine = toy.engine()
     trainer.fit(engine, toy.Points(), tmp_path / "run")
     assert torch.equal(engine.head.weight, source.head.weight)
@@ -173,13 +173,13 @@ def test_weights_to_start_from_are_not_a_resume(toy, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             file = tmp_path / "source" / "model.safetensors"
-            toy.trainer(1, init=[WeightSource(file, **options)]).fit(toy.engine(), toy.Points(), tmp_path / "other")
+            toy.trainer(1, init=[InitEntry(file, **options)]).fit(toy.engine(), toy.Points(), tmp_path / "other")
 
 
 def test_weights_go_into_one_module_with_a_prefix(toy, tmp_path):
     source, engine = toy.engine(5), toy.engine()
     save_weights(tmp_path / "w.safetensors", {f"net.{n}": v for n, v in source.head.state_dict().items()})
-    WeightSource(tmp_path / "w.safetensors", into="head", prefix={"net.": ""}).load(engine)
+    InitEntry(tmp_path / "w.safetensors", into="head", prefix={"net.": ""}).load(engine)
     assert torch.equal(engine.head.weight, source.head.weight)
 
 

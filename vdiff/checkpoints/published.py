@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vdiff.checkpoints.arrival import Arrival, PublishedReport
 from vdiff.checkpoints.loading import (
-    EMPTY,
     MismatchError,
     check_met,
     difference,
@@ -30,77 +30,13 @@ from vdiff.checkpoints.loading import (
     spots,
     summary,
 )
+from vdiff.checkpoints.matching import matched
 from vdiff.checkpoints.parts import Given
 from vdiff.checkpoints.recognition import ONLY_THERE, Part, UnknownFamilyError, recognise
 from vdiff.checkpoints.sources import WeightSource, open_weights
 from vdiff.checkpoints.translation import Translation
 from vdiff.hooks import is_port_key
 from vdiff.registry import did_you_mean
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """A part that came.
-
-    Attributes:
-        into: Where it went, from the module.
-        family, layout, prefix: What it is, how it was written, and what its names began with.
-        names: In the module.
-        numbers: How many, in all.
-        cast: How many tensors were converted to another floating type.
-        is_averaged: Whether they are of the exponential average.
-    """
-
-    into: str
-    family: str
-    layout: str
-    prefix: str
-    names: tuple[str, ...]
-    numbers: int
-    cast: int
-    is_averaged: bool
-
-
-@dataclass(frozen=True)
-class PublishedReport:
-    """What went where.
-
-    Attributes:
-        where: The file.
-        parts: That came.
-        beside: Names in the file that nobody needs, by reason.
-        idle: Names in the module that the file lacks and nothing reads.
-        ignored: Names in the module that were to be left alone.
-        outside: Names in the file that belong elsewhere or were to be left out.
-        empty: Names in the module that are left on the meta device, such as buffers that no file holds.
-    """
-
-    where: str
-    parts: tuple[Arrival, ...]
-    beside: Mapping[str, tuple[str, ...]]
-    idle: tuple[str, ...]
-    ignored: tuple[str, ...]
-    outside: tuple[str, ...]
-    empty: tuple[str, ...] = ()
-
-    @property
-    def loaded(self) -> tuple[str, ...]:
-        """Names in the module that got their weights."""
-        return tuple(name for part in self.parts for name in part.names)
-
-    def __str__(self) -> str:
-        lines = [self.where]
-        for part in self.parts:
-            more = ", the exponential average" if part.is_averaged else ""
-            more += f"; {part.cast} converted to the module's type" if part.cast else ""
-            way = f"{f'{part.prefix}*' if part.prefix else 'the file'} -> {part.into or 'the module'}"
-            what = f"{part.family} ({part.layout}), {len(part.names)} tensors, {part.numbers:,} numbers"
-            lines.append(f"{way}: {what}{more}")
-        rest = [(names, f"left out, {reason}") for reason, names in self.beside.items()]
-        rest += [(self.outside, "left out, meant for elsewhere"), (self.ignored, "left alone, as asked")]
-        rest += [(self.idle, "not in the file and kept as they are, since nothing reads them"), (self.empty, EMPTY)]
-        lines += [f"{len(names)} tensors {text} ({summary(names)})" for names, text in rest if names]
-        return "\n  ".join(lines)
 
 
 def load_published(
@@ -235,7 +171,7 @@ def _fit(
     missing, misfits = [*here.unknown], []
     used: set[str] = set()
     alone: set[str] = set()  # in the file, and not in the part of the module that it is for
-    for part, came in _matched(here.parts, there.parts, where):
+    for part, came in matched(here.parts, there.parts, where):
         if came is None:
             missing += part.names.values()
             continue
@@ -299,35 +235,6 @@ def _check_into(module: nn.Module, into: str, own: Mapping[str, Tensor], where: 
     if any(f"{into}.".startswith(part.prefix) and f"{into}." != part.prefix for part in parts):
         whole = ", ".join(part.prefix.rstrip(".") or "the module" for part in parts)
         raise ValueError(f"{where}: {into} is below a part, and parts are filled whole. There are: {whole}.")
-
-
-def _matched(here: Sequence[Part], there: Sequence[Part], where: str) -> Iterator[tuple[Part, Part | None]]:
-    """Each part of a module and the one of the file that is for it."""
-    free = list(there)
-    for part in here:
-        came = next((one for one in free if one.slot == part.slot), None)
-        if came is None or part.prefix == "" or came.prefix == "":  # alone, it does not say what it is for
-            came = next((one for one in free if _is_alike(one, part)), came)
-        if came is None:
-            yield part, None
-            continue
-        if not _is_alike(came, part):
-            raise MismatchError(
-                f"{where}: the weights do not fit; nothing was changed. {came.prefix or 'The file'}"
-                f"{'*' if came.prefix else ''} is {came.family.name} ({came.layout}), and "
-                f"{part.prefix.rstrip('.') or 'the module'} is {part.family.name}."
-            )
-        free.remove(came)
-        yield part, replace(came, family=part.family)
-
-
-def _is_alike(came: Part, part: Part) -> bool:
-    if came.family is part.family:
-        return True
-    # transformers' names do not tell by whom a text tower is.
-    if {came.family.slots, part.family.slots} != {("text",)} or came.layout != "diffusers":
-        return False
-    return part.family.layout("diffusers").has_marks(came.names)
 
 
 def _idle(module: nn.Module) -> tuple[str, ...]:

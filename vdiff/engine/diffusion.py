@@ -63,9 +63,6 @@ class DiffusionEngine(Engine, name="diffusion"):
         self.first_stage = first_stage if first_stage is not None else IdentityFirstStage()
         self.first_stage.requires_grad_(False)
         self.conditioner = conditioner if conditioner is not None else EmbedderConditioner()
-        for module in self.conditioner.modules():
-            if isinstance(module, Embedder):
-                module.share(self.first_stage)
         self.denoiser = denoiser
         self.schedule, self.sigma_sampler, self.loss = schedule, sigma_sampler, loss
         self.sampler, self.guider = sampler, guider if guider is not None else NoneGuider()
@@ -75,6 +72,13 @@ class DiffusionEngine(Engine, name="diffusion"):
         denoiser.check(hardest, f"{type(schedule).__name__} with {type(sigma_sampler).__name__}")
         _check_rows(denoiser, schedule)
         self.attach(mixins)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("first_stage", "conditioner") and {"first_stage", "conditioner"} <= self._modules.keys():
+            for module in self.conditioner.modules():
+                if isinstance(module, Embedder):
+                    module.share(self.first_stage)
 
     # Training ------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from vdiff.training.checkpointing import Checkpointing
 from vdiff.training.ema import EMA
 from vdiff.training.groups import Selection, TrainGroup, select
 from vdiff.training.guard import NonFiniteError
-from vdiff.training.init import WeightSource
+from vdiff.training.init import InitEntry
 from vdiff.training.loggers import JsonlLogger, Logger, Logging, ProgressLogger, TensorboardLogger, read_log
 from vdiff.training.loop import RunLockedError, Trainer, choose_device
 from vdiff.training.lr_schedules import (
@@ -48,7 +48,7 @@ __all__ = [
     "Trainer",
     "Training",
     "Validation",
-    "WeightSource",
+    "InitEntry",
     "choose_device",
     "read_log",
     "select",

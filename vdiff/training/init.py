@@ -10,7 +10,6 @@ from typing import Literal
 from torch import Tensor, nn
 
 from vdiff.checkpoints import (
-    LoadReport,
     find_checkpoint,
     is_by_others,
     is_pipeline,
@@ -26,7 +25,7 @@ from vdiff.hooks import attached
 from vdiff.registry import did_you_mean
 
 
-class WeightSource:
+class InitEntry:
     """One entry of ``init:``; several are loaded in order.
 
     A published checkpoint, in its original layout or in diffusers', goes part by part to where each belongs, see
@@ -89,24 +88,40 @@ class WeightSource:
             OSError: reading failed; it says so if the module is half filled.
         """
         if self.only_adapter is not None:
-            mixins = attached(engine)
-            if self.only_adapter not in mixins:
-                hint = did_you_mean(self.only_adapter, mixins)
-                known = ", ".join(mixins) or "none"
-                raise ValueError(f"init: no mixin is called {self.only_adapter!r}.{hint} Attached: {known}.")
-            mixins[self.only_adapter].load(self.file)
-            own = set(mixins[self.only_adapter].parameters())
-            names = tuple(name for name, param in engine.named_parameters() if param in own)
-            return Filled(f"{self.only_adapter} from {self.file.name}", names)
-        if self._is_published() and not self.inflate:
+            return self._load_adapter(engine, self.only_adapter)
+        is_published = self._is_published()
+        if is_published and not self.inflate:
             came = load_published(
                 engine, self.file, self.into, weights=self.weights, ignore=self.ignore, leave_out=self.leave_out,
                 given=self.given,
             )  # fmt: skip
             return Filled(str(came), came.loaded)
-        report = self._load_into(engine)
-        begin = f"{self.into}." if self.into else ""
+        target, begin = self._target(engine), f"{self.into}." if self.into else ""
+        tensors = self._translated(begin) if is_published else self._read(begin)
+        where = f"init: {self.file} into {self.into or 'the engine'}"
+        if self.ignore:
+            check_met(self.ignore, {*target.state_dict(), *by_prefix(tensors, self.prefix, where)[0]}, where)
+        report = load_into(
+            target, tensors, strict=self.strict, ignore=self.ignore, prefix=self.prefix, inflate=self.inflate,
+            where=where,
+        )  # fmt: skip
         return Filled(f"{self.file.name}: {report}", tuple(begin + name for name in report.loaded))
+
+    def _load_adapter(self, engine: nn.Module, name: str) -> Filled:
+        mixins = attached(engine)
+        if name not in mixins:
+            known = ", ".join(mixins) or "none"
+            raise ValueError(f"init: no mixin is called {name!r}.{did_you_mean(name, mixins)} Attached: {known}.")
+        mixins[name].load(self.file)
+        own = set(mixins[name].parameters())
+        return Filled(f"{name} from {self.file.name}", tuple(n for n, p in engine.named_parameters() if p in own))
+
+    def _target(self, engine: nn.Module) -> nn.Module:
+        try:
+            return engine.get_submodule(self.into)
+        except AttributeError:
+            hint = did_you_mean(self.into, [name for name, _ in engine.named_modules() if name])
+            raise ValueError(f"init: the engine has no module {self.into!r}.{hint}") from None
 
     def _is_published(self) -> bool:
         """Whether the file is written by others and its names are not brought to ours by ``prefix``."""
@@ -120,31 +135,19 @@ class WeightSource:
             )
         return found
 
-    def _load_into(self, engine: nn.Module) -> LoadReport:
-        try:
-            target = engine.get_submodule(self.into)
-        except AttributeError:
-            hint = did_you_mean(self.into, [name for name, _ in engine.named_modules() if name])
-            raise ValueError(f"init: the engine has no module {self.into!r}.{hint}") from None
-        begin = f"{self.into}." if self.into else ""
-        if self._is_published():
-            tensors = read_parts(open_weights(self.file), begin, self.weights, self.given)
-            tensors = {name.removeprefix(begin): value for name, value in tensors.items()}
-        elif self.given:
+    def _translated(self, begin: str) -> dict[str, Tensor]:
+        """Of a published file, what is below a name, by our names there."""
+        tensors = read_parts(open_weights(self.file), begin, self.weights, self.given)
+        return {name.removeprefix(begin): value for name, value in tensors.items()}
+
+    def _read(self, begin: str) -> dict[str, Tensor]:
+        """Of a run what is below a name, of a weight file all of it; both by our names."""
+        if self.given:
             raise ValueError(f"init: {self.file} is by our names, and given: is of published files. Leave it out.")
-        elif self.file.is_dir():
-            tensors, _ = read_run_weights(find_checkpoint(self.file), self.weights)
-            tensors = self._without(tensors)
-            tensors = {n.removeprefix(begin): v for n, v in tensors.items() if n.startswith(begin)}
-        else:
-            tensors = self._without(read_weights(self.file, self.inside))
-        where = f"init: {self.file} into {self.into or 'the engine'}"
-        if self.ignore:
-            check_met(self.ignore, {*target.state_dict(), *by_prefix(tensors, self.prefix, where)[0]}, where)
-        return load_into(
-            target, tensors, strict=self.strict, ignore=self.ignore, prefix=self.prefix, inflate=self.inflate,
-            where=where,
-        )  # fmt: skip
+        if not self.file.is_dir():
+            return self._without(read_weights(self.file, self.inside))
+        tensors, _ = read_run_weights(find_checkpoint(self.file), self.weights)
+        return {n.removeprefix(begin): v for n, v in self._without(tensors).items() if n.startswith(begin)}
 
     def _without(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is not left out."""
@@ -178,7 +181,7 @@ class Initialised:
     new: tuple[str, ...] | None
 
 
-def initialize(engine: nn.Module, sources: Sequence[WeightSource]) -> Initialised:
+def initialize(engine: nn.Module, sources: Sequence[InitEntry]) -> Initialised:
     """Load every source in order."""
     if not sources:
         return Initialised((), None)

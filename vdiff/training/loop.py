@@ -28,7 +28,7 @@ from vdiff.training.ema import EMA, lend
 from vdiff.training.figures import Means
 from vdiff.training.groups import TrainGroup, select
 from vdiff.training.guard import BadStep, FiniteGuard, NonFiniteError
-from vdiff.training.init import Initialised, WeightSource, initialize
+from vdiff.training.init import InitEntry, Initialised, initialize
 from vdiff.training.loggers import Logging
 from vdiff.training.lr_schedules import ConstantLRSchedule, LRSchedule
 from vdiff.training.optimizers import AdamW, Optimizer
@@ -73,7 +73,7 @@ class Trainer(Training, name="loop"):
         optimizer: Optimizer | None = None,
         lr_schedule: LRSchedule | None = None,
         train: list[TrainGroup] | None = None,
-        init: list[WeightSource] | None = None,
+        init: list[InitEntry] | None = None,
         ema: EMA | None = None,
         precision: Literal["float32", "bfloat16", "float16"] = "float32",
         clip: float | None = None,
