@@ -243,8 +243,9 @@ def test_one_graph_holds_each(kind, name, checkpointing):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, name", [("unet", "sdxl"), ("cogvideox", "5b")])
+@pytest.mark.parametrize("kind, name", [(kind, next(iter(cases))) for kind, cases in (NETWORKS | STAGES).items()])
 def test_inductor_says_the_same(kind, name):
+    """What ``torch.compile`` does unless told otherwise, of one of each: what it makes is compiled C++, slowly."""
     traced(kind, name, backend="inductor")
 
 

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
 
 from vdiff.hooks.rows import expand_gate
 from vdiff.hooks.witness import Witness
@@ -86,7 +87,7 @@ class Part(nn.Module):
         ``place`` says which of several partners it is for, where the gate has a number for each.
         """
         # A copy where autograd will keep it, so that the scale may change before backward.
-        scale = self.scale.clone() if torch.is_grad_enabled() else self.scale
+        scale = self.scale.clone() if is_grad_enabled() else self.scale
         if self.gate is None:
             return scale
         gate = self.gate if self.gate.ndim == 1 else self.gate[:, place]
@@ -126,18 +127,20 @@ class Port(nn.ModuleDict):
         return x
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if is_grad_enabled() and not is_compiling():
             self._witness.check(self)
+        term = self.term
         for part in self._modules.values():  # not self.values(): this runs at every call of every host
-            if part.enabled and part.term == self.term:
+            if part.enabled and part.term == term:
                 args, kwargs = part.before(module, args, kwargs)
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if is_grad_enabled() and not is_compiling():
             self._witness.check(self)
+        term = self.term
         for part in self._modules.values():
-            if part.enabled and part.term == self.term:
+            if part.enabled and part.term == term:
                 output = part.after(module, args, kwargs, output)
         return output
 
