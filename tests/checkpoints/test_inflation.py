@@ -19,7 +19,7 @@ SMALL = dict(
     attention_factors=(1, 2), num_heads=2, norm_groups=4,
 )  # fmt: skip
 SD2 = dict(in_channels=4, out_channels=4, channels=320, head_dim=64, context_dim=1024)
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 2e-14}
+DTYPES = (torch.float32, torch.float64)
 NUM_FRAMES = 3
 
 
@@ -35,6 +35,12 @@ def trained(module):
 def image_unet(**options):
     torch.manual_seed(0)
     return trained(UNet(**(SMALL | options)))
+
+
+def apart(a, b):
+    """The largest difference in units of rounding at the size of ``b``: some tens of layers, each a sum in an order of
+    the processor's own (0 on one, 8 on another)."""
+    return float((a - b).abs().max() / b.abs().max() / torch.finfo(b.dtype).eps)
 
 
 def frames(x):
@@ -72,7 +78,7 @@ VIDEO = {
 }
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", VIDEO)
 def test_every_frame_is_told_what_the_image_was(name, dtype):
     """From Stable Diffusion 1 (convolutions around attention) and 2 (matrices) alike; and time is not dead."""
@@ -87,7 +93,7 @@ def test_every_frame_is_told_what_the_image_was(name, dtype):
     told |= {"fps": torch.tensor([8.0, 24.0])} if name == "videocrafter2" else {}
     expected = said_of_images(images, x, c_noise, context)
     assert expected.std() > 0.5
-    assert (said_of_video(video, x, c_noise, context, **told) - expected).abs().max() <= TOLERANCE[dtype]
+    assert apart(said_of_video(video, x, c_noise, context, **told), expected) < 32
     trained(video)
     assert (said_of_video(video, x, c_noise, context, **told) - expected).abs().max() > 0.05
 
@@ -116,7 +122,7 @@ def test_what_is_new_learns_from_the_first_step_on():
     assert len(grads) == 8 + 7 * 5 and all(grad.abs().max() > 0 for grad in grads.values())
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_decoder_with_layers_over_time_begins_as_the_image_decoder(dtype):
     torch.manual_seed(0)
     tiny = dict(channels=8, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4)
@@ -128,7 +134,7 @@ def test_a_decoder_with_layers_over_time_begins_as_the_image_decoder(dtype):
         latents = video.encode(pixels)
         assert torch.equal(latents, images.encode(pixels))
         expected = images.decode(latents)
-        assert (video.decode(latents) - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+        assert apart(video.decode(latents), expected) < 32
         assert (trained(video).decode(latents) - expected).abs().max() > 0.05
 
 
