@@ -17,6 +17,7 @@ def two_dimensions():
     return module
 
 
+@pytest.mark.long
 def test_a_ring_is_learned_and_turned(two_dimensions, tmp_path):
     before, after, near, angle = two_dimensions.main(num_steps=200, out=tmp_path / "ring.png")
     assert after < before / 2

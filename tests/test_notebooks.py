@@ -13,6 +13,7 @@ def test_they_are_found():
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda n: n.stem)
+@pytest.mark.long
 def test_it_runs_and_shows_pictures(file, tmp_path, monkeypatch):
     client = pytest.importorskip("nbclient")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -86,19 +86,20 @@ def test_a_tight_solution_is_that_of_torchdiffeq(name):
 
 
 @pytest.mark.parametrize("schedule", [EDMSchedule(), FlowSchedule(), CosineSchedule(), ZeroSNRSchedule()])
-@pytest.mark.parametrize("name", RUNGE_KUTTA)
-def test_the_error_falls_with_the_tolerance(name, schedule):
+def test_the_error_falls_with_the_tolerance(schedule):
     """Down to the last level before data; two humps bend the flow, which multiplies the errors of its start."""
     oracle, start = two_gaussians(), noise(16, 1)
-    errors = []
-    for tolerance in (1e-3, 1e-6):
-        levels = RUNGE_KUTTA[name]().levels(schedule)
-        before_data = ExplicitDiscretizer(times=levels.t[:2].tolist())
-        sampler = RUNGE_KUTTA[name](tolerance, tolerance, discretizer=before_data)
-        got = last_of(sampler, oracle, schedule, start).x
-        want = oracle.flow(start * levels.sigma[0], levels[0], levels[1])
-        errors.append((got - want).abs().max().item())
-    assert errors[0] < 0.02 and errors[1] < 2e-5
+    levels = Dopri5Sampler().levels(schedule)
+    want = oracle.flow(start * levels.sigma[0], levels[0], levels[1])
+    before_data = ExplicitDiscretizer(times=levels.t[:2].tolist())
+    for solver in RUNGE_KUTTA.values():
+        errors = [
+            (last_of(solver(tolerance, tolerance, discretizer=before_data), oracle, schedule, start).x - want)
+            .abs()
+            .max()
+            for tolerance in (1e-3, 1e-6)
+        ]
+        assert errors[0] < 0.02 and errors[1] < 2e-5
 
 
 def test_the_angle_needs_the_fewest_calls():

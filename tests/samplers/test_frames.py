@@ -146,12 +146,16 @@ def test_guidance_keeps_frames_apart(batched):
     assert (plain - guided).abs().max() < 1e-12
 
 
+@functools.cache
+def _fine():
+    return HeunSampler(480, discretizer=_straight(480))(Neighbourly(), FlowSchedule(), video())
+
+
 @pytest.mark.parametrize("solver", [DDIMSampler, HeunSampler, DPMpp2MSampler, UniPCSampler])
 def test_a_pyramid_of_many_steps_is_of_one_mind_whatever_the_solver(solver):
     """Frames that depend on each other have a flow too: the one that the levels by frame describe."""
-    fine = HeunSampler(960, discretizer=_straight(960))(Neighbourly(), FlowSchedule(), video())
     errors = [
-        (solver(n, discretizer=_straight(n))(Neighbourly(), FlowSchedule(), video()) - fine).abs().max().item()
+        (solver(n, discretizer=_straight(n))(Neighbourly(), FlowSchedule(), video()) - _fine()).abs().max().item()
         for n in (60, 120)
     ]
     # Of first order at least, from an error of a tenth of the data's spread at most.

@@ -32,6 +32,7 @@ def digests(run):
 @pytest.mark.timeout(
     900
 )  # a score of processes, each of which imports torch; on a busy machine that alone takes minutes
+@pytest.mark.long
 def test_ten_sigkills_at_random_moments_of_the_demo_change_nothing(tmp_path):
     began = time.monotonic()
     child = start(train_demo, tmp_path / "whole", *SHORT)
