@@ -22,17 +22,18 @@ def cells(path):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
 
 
-@pytest.mark.parametrize("has_diffusers", [True, False])
-@pytest.mark.long
-def test_every_row_of_the_full_sizes_is_filled(has_diffusers, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "has_diffusers, only",
+    [(True, "2b"), (False, "2b"), pytest.param(True, "SDXL", marks=pytest.mark.slow)],
+)
+def test_every_row_of_the_full_sizes_is_filled(has_diffusers, only, tmp_path, monkeypatch):
     import full_size
 
     if has_diffusers:
         peer("diffusers")
     else:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    only = ["2b", "SDXL"] if has_diffusers else ["2b"]
-    full_size.report("cpu", only, repeats=2, tiny=True, backend="eager", out=tmp_path / "page.md")
+    full_size.report("cpu", [only], repeats=2, tiny=True, backend="eager", out=tmp_path / "page.md")
     rows = cells(tmp_path / "page.md")
     assert [row[1] for row in rows] == [mode for mode in ("eager", "compiled") for _ in range(len(rows) // 2)]
     for _, _, ours, theirs, ratio, host, _, _, _, attention, apart, first in rows:

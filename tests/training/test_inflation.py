@@ -11,7 +11,7 @@ from vdiff.engine import DiffusionEngine
 from vdiff.hooks import attached
 from vdiff.mixins import LoRA
 from vdiff.registry import ConfigError, load_config
-from vdiff.training import AdamW, TrainGroup, InitEntry, read_log, select, train
+from vdiff.training import AdamW, InitEntry, TrainGroup, read_log, select, train
 from vdiff.training.init import initialize
 
 NETWORK = (

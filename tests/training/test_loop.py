@@ -12,12 +12,12 @@ from vdiff.training import (
     SGD,
     AdamW,
     Checkpointing,
+    InitEntry,
     Logging,
     NonFiniteError,
     RunLockedError,
     TrainGroup,
     Validation,
-    InitEntry,
     read_log,
 )
 from vdiff.training.guard import BadStep, FiniteGuard
