@@ -154,6 +154,10 @@ def both_ways(table, ours, theirs):
                 addition_time_embed_dim=8, projection_class_embeddings_input_dim=64,
             ),
         ),
+        (
+            dict(attention_factors=(1,), context_dim=16, guidance_dim=256), (True, False),
+            dict(down_block_types=(DOWN, "DownBlock2D"), up_block_types=("UpBlock2D", UP), time_cond_proj_dim=256),
+        ),
     ],
 )  # fmt: skip
 def test_unets_of_stable_diffusion_go_to_diffusers_and_back(config, attends, twin):

@@ -87,7 +87,7 @@ NETWORKS = {
             TEXT | {"fps": (), "image_tokens": (FRAMES, 2, 6), "concat": (4, FRAMES, 4, 4)},
         ),
         "causal": Case(
-            VIDEO | dict(is_causal=True, guidance_dim=5), (4, FRAMES, 4, 4), TEXT | {"fps": (), "guidance": (5,)}
+            VIDEO | dict(is_causal=True, guidance_dim=6), (4, FRAMES, 4, 4), TEXT | {"fps": (), "guidance": ()}
         ),
     },
     "dit": {

@@ -53,7 +53,7 @@ def inputs(net, rows=2, frames=3, size=4):
         "cross_attention": lambda: draw(rows, 7, net.context_dim, seed=2),
         "image_tokens": lambda: draw(rows, frames, net.image_tokens, net.context_dim, seed=3),
         "fps": lambda: torch.tensor([8.0, 24.0])[:rows],
-        "guidance": lambda: draw(rows, net.guidance_dim, seed=4),
+        "guidance": lambda: torch.tensor([7.5, 2.0])[:rows],
         "concat": None,
     }
     cond = Conditioning({name: given[name]() for name in net.accepts if given[name]})
@@ -367,7 +367,11 @@ def test_attention_over_time_is_found_by_role():
         (SMALL, {"fps": None}, "'fps' is missing, .* built with fps"),
         (SMALL, {"image_tokens": draw(2, 3, 12)}, "'image_tokens', for which it must be built with image_tokens"),
         (SMALL, {"cross_attention": None}, "'cross_attention' is missing"),
-        (SMALL | dict(guidance_dim=6), {"guidance": draw(2, 5)}, r"guidance_dim is 6, and 'guidance' is \(5,\)"),
+        (
+            SMALL | dict(guidance_dim=6),
+            {"guidance": draw(2, 6)},
+            r"'guidance' is one scale per row, \(B,\); got \(2, 6\)",
+        ),
         (SMALL, {"concat": draw(2, 1, 4, 4)}, r"\(1 channels\) to be \(B, 4, F, H, W\), got \(2, 5, 3, 4, 4\)"),
     ],
 )

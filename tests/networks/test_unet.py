@@ -42,6 +42,7 @@ def inputs(net, size=8, rows=2):
         "cross_attention": lambda: draw(rows, 7, net.context_dim, seed=2),
         "vector": lambda: draw(rows, net.label_emb[0][0].in_features, seed=3),
         "label": lambda: torch.arange(rows),
+        "guidance": lambda: torch.tensor([7.5, 2.0])[:rows],
         "concat": None,
     }
     cond = Conditioning({name: given[name]() for name in net.accepts if given[name]})
@@ -115,6 +116,7 @@ RES = {
 }  # fmt: skip
 ENDS = {
     "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+    "time_cond_proj": "time_embedding.cond_proj",
     "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
     "label_emb": "class_embedding",
     "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
@@ -191,6 +193,10 @@ SECOND = dict(
                 layers_per_block=2, attention_head_dim=(2, 4), transformer_layers_per_block=(2, 1),
             ), None,
         ),
+        (
+            "lcm", dict(attention_factors=(2,), head_dim=16, guidance_dim=256),
+            SECOND | dict(attention_head_dim=(2, 4), time_cond_proj_dim=256), None,
+        ),
     ],
 )  # fmt: skip
 def test_same_numbers_as_the_conditional_unet_of_diffusers(style, config, twin, parameters):
@@ -202,7 +208,10 @@ def test_same_numbers_as_the_conditional_unet_of_diffusers(style, config, twin, 
     x, c_noise, context = draw(2, 4, 8, 8), torch.tensor([3.0, 741.0]), draw(2, 7, 16, seed=2)
     keep = torch.ones(2, 7, dtype=torch.bool)
     keep[1, 4:] = False
-    cond, added = {"cross_attention": context}, None
+    cond, added, waves = {"cross_attention": context}, None, None
+    if style == "lcm":
+        cond["guidance"] = torch.tensor([8.5, 1.0])
+        waves = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, cond["guidance"] - 1, 256)
     if style == "sdxl":
         added = {"text_embeds": draw(2, 16, seed=3), "time_ids": torch.arange(12.0).reshape(2, 6) * 100}
         times = theirs.add_time_proj(added["time_ids"].flatten()).reshape(2, -1)
@@ -210,7 +219,9 @@ def test_same_numbers_as_the_conditional_unet_of_diffusers(style, config, twin, 
     with torch.no_grad():
         for mask in (None, keep):
             ours = net(x, c_noise, Conditioning(cond, {} if mask is None else {"cross_attention": mask}))
-            expected = theirs(x, c_noise, context, encoder_attention_mask=mask, added_cond_kwargs=added).sample
+            expected = theirs(
+                x, c_noise, context, timestep_cond=waves, encoder_attention_mask=mask, added_cond_kwargs=added
+            ).sample
             assert expected.std() > 0.1
             assert (difference := (ours - expected).abs().max()) < 1e-5, difference
 
@@ -253,6 +264,7 @@ def test_same_numbers_as_the_unconditional_unet_of_diffusers(config, twin):
         PLAIN | dict(num_classes="continuous"),
         PLAIN | dict(num_classes="sequential", vector_dim=5),
         PLAIN | dict(attention_factors=()),
+        PLAIN | dict(guidance_dim=8),
         PLAIN | dict(channels=16, norm_groups=16),
         PLAIN | dict(channel_mult=(1, 2, 3), num_res_blocks=(1, 2, 1), attention_factors=(1, 4)),
         TEXT,
@@ -276,9 +288,10 @@ def test_a_new_network_says_zero():
 
 
 def test_every_condition_changes_the_output_of_its_own_row_only():
-    net = randomised(UNet(**TEXT | dict(num_classes="sequential", vector_dim=5, in_channels=6)))
+    net = randomised(UNet(**TEXT | dict(num_classes="sequential", vector_dim=5, in_channels=6, guidance_dim=8)))
     tensors = {
-        "cross_attention": draw(2, 7, 12, seed=2), "vector": draw(2, 5, seed=3), "concat": draw(2, 2, 8, 8, seed=4)
+        "cross_attention": draw(2, 7, 12, seed=2), "vector": draw(2, 5, seed=3), "concat": draw(2, 2, 8, 8, seed=4),
+        "guidance": torch.tensor([7.5, 2.0]),
     }  # fmt: skip
     x, c_noise = draw(2, 4, 8, 8), torch.tensor([3.0, 741.0])
     with torch.no_grad():

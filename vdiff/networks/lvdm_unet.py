@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vdiff.attention import Backend
 from vdiff.networks.base import Network, run
-from vdiff.networks.embeddings import sinusoidal
+from vdiff.networks.embeddings import guidance_waves, sinusoidal
 from vdiff.networks.layers import Downsample, GroupNorm, Upsample, zeroed
 from vdiff.networks.lvdm_layers import ConvolvedResBlock, FrameTransformer, ImageCrossAttention
 from vdiff.networks.resblock import ResBlock
@@ -76,7 +76,7 @@ class LVDMUNet(Network, name="lvdm_unet"):
     - ``image_tokens`` ``(B, image_tokens, context_dim)``, or per frame ``(B, F, image_tokens, context_dim)``, of a
       picture: see :class:`vdiff.conditioners.ImageTokensEmbedder`;
     - ``fps`` ``(B,)``: frames per second, or DynamiCrafter's stride between frames;
-    - ``guidance`` ``(B, guidance_dim)``: the scale that a distilled network stands for, embedded;
+    - ``guidance`` ``(B,)``: the scale that a distilled network stands for; without it the network does without;
     - ``concat`` ``(B, c, F, H, W)``, or ``(B, c, H, W)`` for all frames alike, put behind x; ``in_channels``
       counts both.
 
@@ -101,7 +101,7 @@ class LVDMUNet(Network, name="lvdm_unet"):
         default_fps: Where ``fps`` is not among the conditions; None makes that an error.
         image_tokens: Tokens of a picture; None: it attends to text alone. 16 in the published networks.
         learned_image_scale: Whether each attention to a picture has a learned weight.
-        guidance_dim: Length of ``guidance``: 256 in T2V-Turbo; None: there is none.
+        guidance_dim: Length of the waves that tell ``guidance``: 256 in T2V-Turbo; None: there are none.
         dropout: In residual blocks.
         temporal_dropout: In convolutions over time.
         scale_shift_norm: See :class:`ResBlock`.
@@ -163,7 +163,7 @@ class LVDMUNet(Network, name="lvdm_unet"):
         check_widths("LVDMUNet", channels, widths, norm_groups)
         check_attention("LVDMUNet", widths, attention_factors, num_heads, head_dim)
         self.in_channels, self.channels, self.context_dim = in_channels, channels, context_dim
-        self.image_tokens, self.default_fps, self.guidance_dim = image_tokens, default_fps, guidance_dim
+        self.image_tokens, self.default_fps = image_tokens, default_fps
         self.factor = 2 ** (levels - 1)
 
         embedding_dim = 4 * channels
@@ -264,11 +264,8 @@ class LVDMUNet(Network, name="lvdm_unet"):
             )
         number = sinusoidal(c_noise, self.channels).to(dtype)
         if self.time_cond_proj is not None and (guidance := cond.get("guidance")) is not None:
-            if guidance.shape[1:] != (self.guidance_dim,):
-                raise ValueError(
-                    f"LVDMUNet: guidance_dim is {self.guidance_dim}, and 'guidance' is {tuple(guidance.shape[1:])}."
-                )
-            number = number + _for_frames(self.time_cond_proj(guidance), number)
+            waves = guidance_waves(guidance, self.time_cond_proj.in_features).to(dtype)
+            number = number + _for_frames(self.time_cond_proj(waves), number)
         emb = self.time_embed(number)
         if self.fps_embedding is not None:
             fps = cond.get("fps")

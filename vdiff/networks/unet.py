@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vdiff.attention import Backend
 from vdiff.networks.base import Network, run
-from vdiff.networks.embeddings import sinusoidal
+from vdiff.networks.embeddings import guidance_waves, sinusoidal
 from vdiff.networks.layers import CONVOLUTIONS, Downsample, GroupNorm, Upsample, zeroed
 from vdiff.networks.resblock import ResBlock
 from vdiff.networks.transformer import AttentionBlock, SpatialTransformer
@@ -68,6 +68,8 @@ class UNet(Network, name="unet"):
     - ``cross_attention`` ``(B, n, context_dim)``, and its mask ``(B, n)``, True counts;
     - ``vector`` ``(B, vector_dim)``;
     - ``label`` ``(B,)``, whole numbers, or any numbers where ``num_classes`` is ``continuous``;
+    - ``guidance`` ``(B,)``: the scale of guidance that a distilled network stands for; without it the network does
+      without;
     - ``concat`` ``(B, c, H, W)``, put behind x; ``in_channels`` counts both.
 
     Args:
@@ -99,15 +101,19 @@ class UNet(Network, name="unet"):
             transformers with other than 2 want ``linear_projection``.
         num_codes: Instead of a sample, logits of that many codes of a ``vq`` first stage, ``(B, num_codes, H, W)``.
             The layers of the sample stay in the state dict.
+        guidance_dim: Length of the waves that tell ``guidance``, see
+            :func:`~vdiff.networks.embeddings.guidance_waves`: 256 in latent consistency models. Their projection begins
+            at zero.
     """
 
     role = "unet"
-    accepts = ("cross_attention", "vector", "label", "concat")
+    accepts = ("cross_attention", "vector", "label", "guidance", "concat")
     entrance = "input_blocks.0.0"
     built_by = {
         "cross_attention": "context_dim",
         "vector": "num_classes='sequential' and vector_dim",
         "label": "num_classes, a number or 'continuous'",
+        "guidance": "guidance_dim",
     }
 
     def __init__(
@@ -137,6 +143,7 @@ class UNet(Network, name="unet"):
         attention_backend: Backend | None = None,
         dims: Literal[1, 2, 3] = 2,
         num_codes: int | None = None,
+        guidance_dim: int | None = None,
     ) -> None:
         super().__init__()
         levels = len(channel_mult)
@@ -162,7 +169,8 @@ class UNet(Network, name="unet"):
         self.time_embed = mlp(channels, embedding_dim)
         self.vector_dim = vector_dim
         self.label_emb = label_embedding("UNet", num_classes, vector_dim, embedding_dim)
-        built_for = {"cross_attention": context_dim, "vector": vector_dim, "concat": True}
+        self.time_cond_proj = zeroed(nn.Linear(guidance_dim, channels, bias=False)) if guidance_dim else None
+        built_for = {"cross_attention": context_dim, "vector": vector_dim, "guidance": guidance_dim, "concat": True}
         built_for["label"] = num_classes is not None and num_classes != "sequential"
         self.accepts = tuple(name for name in type(self).accepts if built_for[name])
 
@@ -228,7 +236,10 @@ class UNet(Network, name="unet"):
     def _embedding(self, c_noise: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
         if c_noise.ndim != 1:
             raise ValueError(f"UNet: c_noise is one number per row, (B,); got the shape {tuple(c_noise.shape)}.")
-        emb = self.time_embed(sinusoidal(c_noise, self.channels).to(dtype))
+        number = sinusoidal(c_noise, self.channels).to(dtype)
+        if self.time_cond_proj is not None and (guidance := cond.get("guidance")) is not None:
+            number = number + self.time_cond_proj(guidance_waves(guidance, self.time_cond_proj.in_features).to(dtype))
+        emb = self.time_embed(number)
         if self.label_emb is None:
             return emb
         if self.num_classes == "sequential":
