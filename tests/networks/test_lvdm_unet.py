@@ -367,11 +367,7 @@ def test_attention_over_time_is_found_by_role():
         (SMALL, {"fps": None}, "'fps' is missing, .* built with fps"),
         (SMALL, {"image_tokens": draw(2, 3, 12)}, "'image_tokens', for which it must be built with image_tokens"),
         (SMALL, {"cross_attention": None}, "'cross_attention' is missing"),
-        (
-            SMALL | dict(guidance_dim=6),
-            {"guidance": draw(2, 6)},
-            r"'guidance' is one scale per row, \(B,\); got \(2, 6\)",
-        ),
+        (SMALL | dict(guidance_dim=6), {"guidance": draw(2, 6)}, r"one scale per row, \(B,\); got \(2, 6\)"),
         (SMALL, {"concat": draw(2, 1, 4, 4)}, r"\(1 channels\) to be \(B, 4, F, H, W\), got \(2, 5, 3, 4, 4\)"),
     ],
 )
