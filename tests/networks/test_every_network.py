@@ -245,8 +245,8 @@ def test_one_graph_holds_each(kind, name, checkpointing):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, name", [(kind, next(iter(cases))) for kind, cases in (NETWORKS | STAGES).items()])
 def test_inductor_says_the_same(kind, name):
-    """What ``torch.compile`` does unless told otherwise, of one of each: what it makes is compiled C++, slowly."""
-    traced(kind, name, backend="inductor")
+    """What ``torch.compile`` does unless told otherwise, of one of each, and shallow: a minute or more of compiling."""
+    traced(kind, name, backend="inductor", **SHALLOW.get(kind, {}))
 
 
 @EVERY
