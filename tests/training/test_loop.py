@@ -176,6 +176,12 @@ def test_weights_to_start_from_are_not_a_resume(toy, tmp_path):
             toy.trainer(1, init=[InitEntry(file, **options)]).fit(toy.engine(), toy.Points(), tmp_path / "other")
 
 
+def test_a_word_of_train_that_means_nothing_is_found_before_weights_are_read(toy, tmp_path):
+    trainer = toy.trainer(1, init=[InitEntry(tmp_path / "large.ckpt")], train=[TrainGroup("heda")])
+    with pytest.raises(ValueError, match="'heda' matches no parameter. Did you mean 'head'"):
+        trainer.fit(toy.engine(), toy.Points(), tmp_path / "run")
+
+
 def test_weights_go_into_one_module_with_a_prefix(toy, tmp_path):
     source, engine = toy.engine(5), toy.engine()
     save_weights(tmp_path / "w.safetensors", {f"net.{n}": v for n, v in source.head.state_dict().items()})

@@ -128,6 +128,18 @@ def select(
     return Selection(groups, {n: p for n, p in params.items() if n in trained}, rows, list(_modes(engine)), used)
 
 
+def check_words(engine: nn.Module, entries: Sequence[TrainGroup] | None) -> None:
+    """That every word of ``train:`` means something, before files are read that take minutes; but for ``new``.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for entry in entries or ():
+        for pattern in entry.on:
+            if pattern != NEW:
+                match(engine, pattern)
+
+
 def match(engine: nn.Module, pattern: str, new: Collection[str] | None = None) -> set[str]:
     """Names of the parameters that one word of ``on:`` means.
 

@@ -31,7 +31,7 @@ from vdiff.process import forked, upload
 from vdiff.registry import Config, load_config
 from vdiff.training.ema import EMA, lend
 from vdiff.training.figures import Means
-from vdiff.training.groups import TrainGroup, select
+from vdiff.training.groups import TrainGroup, check_words, select
 from vdiff.training.init import initialize
 from vdiff.training.loop import ON_HOST, Trainer
 from vdiff.training.lr_schedules import ConstantLRSchedule, LRSchedule
@@ -259,6 +259,7 @@ def from_run_file(
         raise TypeError(f"from_run_file: training.type is {type(loop).__name__}; the file's is read as a 'loop'.")
     with forked(loop.seed, "init"):
         engine = plans["engine"].make()
+    check_words(engine, loop.train)
     new = initialize(engine, loop.init).new
     module = EngineModule(engine, loop.optimizer, loop.lr_schedule, loop.train, loop.ema, loop.seed, new)
     data = {name: plan.make() for name, plan in plans["data"].items()}

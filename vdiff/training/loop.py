@@ -26,7 +26,7 @@ from vdiff.training.base import FitResult, Training
 from vdiff.training.checkpointing import Checkpointing, RunState, latest, recorded_new
 from vdiff.training.ema import EMA, lend
 from vdiff.training.figures import Means
-from vdiff.training.groups import TrainGroup, select
+from vdiff.training.groups import TrainGroup, check_words, select
 from vdiff.training.guard import BadStep, FiniteGuard, NonFiniteError
 from vdiff.training.init import InitEntry, Initialised, initialize
 from vdiff.training.loggers import Logging
@@ -128,6 +128,7 @@ class Trainer(Training, name="loop"):
 
     def prepare(self, engine: nn.Module, run: Path) -> tuple[RunState, list[str]]:
         """Choose, place and restore; the notes say what was loaded from where."""
+        check_words(engine, self.train)
         engine.to(self.device)
         folder, passed_over = latest(run / "checkpoints")
         companions = [m for m in attached(engine).values() if isinstance(m, Companion)]
