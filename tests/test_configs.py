@@ -9,6 +9,7 @@ from PIL import Image
 from vdiff.data import Loader
 from vdiff.denoisers import VDenoiser
 from vdiff.engine import AutoencoderEngine
+from vdiff.process import RowKeys
 from vdiff.registry import ConfigError, build, load_config
 from vdiff.training.run import check_run
 
@@ -123,7 +124,7 @@ SMALL = {
             "conditioner.embedders.1.resampler={in_dim: 32, out_dim: 16, num_queries: 8, dim: 16, depth: 1, "
             "num_heads: 2, head_dim: 8}",
         ],
-        WORDS | {"image": PICTURE, "stride": torch.full((2,), 10.0)},
+        WORDS | {"image": PICTURE, "fps": torch.full((2,), 10.0)},
     ),
     "cogvideox_5b_i2v": (
         [
@@ -154,6 +155,19 @@ def test_families_sample_in_small_and_guidance_moves_what_it_should(family):
     assert not torch.equal(cond["cross_attention"], cond.null["cross_attention"])
     if "concat" in cond:
         assert torch.equal(cond["concat"], cond.null["concat"])
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
+def test_dynamicrafter_loses_text_and_pictures_as_published():
+    """One u a row: below 0.1 there is no text, from 0.05 to 0.15 no picture; latents there always are."""
+    lines, fields = SMALL["dynamicrafter_1024"]
+    lines = [*lines, *(f"first_stage.{line}" for line in VAE)]
+    file = ROOT / "configs" / "families" / "dynamicrafter_1024.yaml"
+    made = build(load_config(file, overrides=[f"engine.{line}" for line in lines])["engine"], "engine").conditioner
+    rows = 2000
+    text, tokens, fps, latents = made._kept(RowKeys(0, 0, tuple(range(rows)), tuple(range(rows)), rows))
+    shares = [tokens & ~text, ~text & ~tokens, text & ~tokens, text & tokens, fps & latents]
+    assert [share.double().mean().item() for share in shares] == pytest.approx([0.05, 0.05, 0.05, 0.85, 1], abs=0.015)
 
 
 def test_svd_is_told_and_read_as_published():

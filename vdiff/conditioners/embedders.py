@@ -143,7 +143,8 @@ class FieldEmbedder(Embedder):
         reads, drop: See :class:`Embedder`.
         feeds: By default the name it reads.
         absent: The value of the null, in every entry.
-        null: ``same``: the null has the field as well, as the hint of a ControlNet is in both branches of guidance.
+        null: ``same``: the null has the field as well, as the hint of a ControlNet is in both branches of guidance;
+            what training drops is ``absent`` all the same.
     """
 
     place: Tensor

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vdiff.conditioners.base import Embedder, Embedding
+from vdiff.conditioners.base import Embedder, Embedding, Feeds
 from vdiff.first_stages import FirstStage
 from vdiff.networks import sinusoidal
 from vdiff.process import RowKeys, normal, spread, upload
@@ -45,7 +45,8 @@ class ImageLatentsEmbedder(Embedder, name="image_latents"):
         reads: Pictures ``(B, c, h, w)`` in the first stage's range, or videos ``(B, c, f, h, w)``.
         feeds: The name that the latents feed.
         drop: See :class:`Embedder`.
-        null: Of the latents: ``zero``, or ``same`` where guidance leaves the picture alone (CogVideoX, DynamiCrafter).
+        null: Of the latents: ``zero``, or ``same`` where guidance leaves the picture alone (CogVideoX, DynamiCrafter);
+            training drops them to zero in both cases.
         scale: Latents are multiplied by it.
         log_mean, log_std: Of :math:`\ln\sigma` in training; -3 and 0.5 in both papers. ``log_mean`` None: always
             ``sigma``.
@@ -53,7 +54,8 @@ class ImageLatentsEmbedder(Embedder, name="image_latents"):
         noised: ``pixels``, ``latents`` or ``nothing``.
         level_feeds: The name that the level feeds as sines and cosines of ``sigma``; None: none.
         level_width: Of these.
-        level_null: Whether the null keeps the level (Stable Video Diffusion) or has zero for its waves (SV4D).
+        level_null: Whether the null, as a row that is dropped, keeps the level (Stable Video Diffusion) or has zero
+            for its waves (SV4D).
         sigma_field: The field with the level of each row, ``(B,)``.
         frames: Video latents to make of a picture's, ``(B, c, frames, h, w)``.
         fill: What the frames after the first are: the picture again (Stable Video Diffusion), zero (CogVideoX); or
@@ -147,12 +149,9 @@ class ImageLatentsEmbedder(Embedder, name="image_latents"):
             feeds[self.level_feeds] = Embedding(sinusoidal(sigma, self.level_width))
         return feeds
 
-    def with_null(self, value: Noised) -> tuple[dict[str, Embedding], dict[str, Embedding]]:
-        said = self(value)
-        if self.null_kind == "same":
-            return said, said
-        silent = said if self.level_null == "zero" else [self.feeds]
-        return said, {**said, **{name: Embedding(torch.zeros_like(said[name].tensor)) for name in silent}}
+    def silent(self, said: Feeds) -> Feeds:
+        null = super().silent(said)
+        return null if self.level_null == "zero" else {**said, self.feeds: null[self.feeds]}
 
     def _with_noise(self, x: Tensor, sigma: Tensor, keys: RowKeys | None) -> Tensor:
         purpose = f"augmentation/{self.reads}/noise"
