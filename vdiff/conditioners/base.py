@@ -62,10 +62,12 @@ class Embedder(Registered, nn.Module, kind="embedder"):
 
     Attributes:
         choices: All values that a row of the field may have, where they can be counted.
+        default: The value of every row where a batch has no such field; None: there must be one.
     """
 
     has_empty: ClassVar[bool] = False
     choices: Sequence[Any] | None = None
+    default: Any = None
 
     def __init__(
         self, reads: str, feeds: str, drop: float = 0.0, null: Literal["zero", "learned", "empty", "same"] = "zero"
@@ -94,8 +96,11 @@ class Embedder(Registered, nn.Module, kind="embedder"):
             is_training: Whether the conditioner trains; a frozen embedder itself is in eval mode all the same.
 
         Raises:
-            KeyError: the batch has no such field.
+            KeyError: the batch has no such field, and there is no default.
         """
+        if self.reads not in batch and self.default is not None:
+            value = torch.as_tensor(self.default, dtype=torch.float32)
+            return value.expand(num_rows(batch, f"{type(self).__name__}: {self.reads!r}"), *value.shape)
         if self.reads not in batch:
             fields = [name for name in batch if name not in KEYS]
             raise KeyError(
@@ -139,6 +144,25 @@ class Embedder(Registered, nn.Module, kind="embedder"):
             ValueError: a word cannot say it, or not this one.
         """
         raise ValueError(f"{type(self).__name__} takes no words; hand {self.reads!r} to engine.sample from Python.")
+
+
+def num_rows(batch: Mapping[str, Any], who: str) -> int:
+    """How many rows a batch has, by its keys or else by its fields.
+
+    Raises:
+        ValueError: nothing tells, or fields differ.
+    """
+    if "noise_key" in batch:
+        return len(batch["noise_key"])
+    rows = {name: len(value) for name, value in batch.items() if name not in KEYS and _has_rows(value)}
+    if len(set(rows.values())) != 1:
+        said = ", ".join(f"{name} {count}" for name, count in rows.items()) or "no other field tells"
+        raise ValueError(f"{who} has a default for every row, and how many there are is not clear: {said}. Give it.")
+    return next(iter(rows.values()))
+
+
+def _has_rows(value: Any) -> bool:
+    return value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, list | tuple)
 
 
 class Conditioner(Registered, nn.Module, kind="conditioner"):
