@@ -9,6 +9,8 @@ from PIL import Image
 from vdiff.data import Loader
 from vdiff.denoisers import VDenoiser
 from vdiff.engine import AutoencoderEngine
+from vdiff.networks import sinusoidal
+from vdiff.process import RowKeys
 from vdiff.registry import ConfigError, build, load_config
 from vdiff.training.run import check_run
 
@@ -78,14 +80,12 @@ def test_svd_samples_in_small_and_guides_pictures_alone():
     file = ROOT / "configs" / "families" / "svd.yaml"
     engine = build(load_config(file, overrides=[f"engine.{line}" for line in SMALL_SVD])["engine"], "engine").eval()
     torch.nn.init.normal_(engine.denoiser.network.out[2].weight)  # a new network says zero
-    fields = {
-        "image": torch.rand(2, 3, 16, 16),
-        "fps_id": torch.tensor([6.0, 6.0]),
-        "motion_bucket_id": torch.full((2,), 127.0),
-    }
+    fields = {"image": torch.rand(2, 3, 16, 16), "fps": torch.tensor([7.0, 10.0])}
     out = engine.sample(fields, num=2)
     assert out.shape == (2, 3, 2, 16, 16) and torch.isfinite(out).all()
     cond = engine.conditioner(fields)
+    told = torch.tensor([[6.0, 127.0, 0.02], [9.0, 127.0, 0.02]])  # fps less one, motion, noise, as released
+    assert torch.equal(cond["vector"], sinusoidal(told, 256).flatten(1))
     assert torch.equal(cond["vector"], cond.null["vector"])  # guidance leaves numbers alone
     assert (cond.null["concat"] == 0).all() and (cond.null["cross_attention"] == 0).all()
 
@@ -119,21 +119,19 @@ SMALL = {
         [
             *UNET, "denoiser.network.head_dim=8", "denoiser.network.image_tokens=4", "sample_shape=[3, 2, 16, 16]",
             f"conditioner.embedders.0.arch={TEXT}", f"conditioner.embedders.1.tower.arch={EYE}",
-            "conditioner.embedders.1.frames=2", "conditioner.embedders.3.frames=2",
             "conditioner.embedders.1.resampler={in_dim: 32, out_dim: 16, num_queries: 8, dim: 16, depth: 1, "
             "num_heads: 2, head_dim: 8}",
         ],
-        WORDS | {"image": PICTURE, "stride": torch.full((2,), 10.0)},
+        WORDS | {"image": PICTURE, "fps": torch.full((2,), 10.0)},
     ),
     "cogvideox_5b_i2v": (
         [
             f"conditioner.embedders.0.arch={T5}", "conditioner.embedders.0.length=6",
-            "conditioner.embedders.1.frames=2",
             *(f"denoiser.network.{x}" for x in ("width=32", "depth=1", "num_heads=2", "text_dim=16", "text_length=6")),
             "denoiser.network.trained_size=[8, 8]", "denoiser.network.learned_size=[2, 8, 8]",
             "first_stage.time_factor=2", "sample_shape=[3, 3, 16, 16]",
         ],
-        {"caption": torch.tensor([[5, 6, 1], [7, 1, 0]]), "image": PICTURE[:, :, None]},
+        {"caption": torch.tensor([[5, 6, 1], [7, 1, 0]]), "image": PICTURE},
     ),
 }  # fmt: skip
 
@@ -154,6 +152,37 @@ def test_families_sample_in_small_and_guidance_moves_what_it_should(family):
     assert not torch.equal(cond["cross_attention"], cond.null["cross_attention"])
     if "concat" in cond:
         assert torch.equal(cond["concat"], cond.null["concat"])
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
+def test_dynamicrafter_loses_text_and_pictures_as_published():
+    """One u a row: below 0.1 there is no text, from 0.05 to 0.15 no picture; latents there always are."""
+    lines, fields = SMALL["dynamicrafter_1024"]
+    lines = [*lines, *(f"first_stage.{line}" for line in VAE)]
+    file = ROOT / "configs" / "families" / "dynamicrafter_1024.yaml"
+    made = build(load_config(file, overrides=[f"engine.{line}" for line in lines])["engine"], "engine").conditioner
+    rows = 2000
+    text, tokens, fps, latents = made._kept(RowKeys(0, 0, tuple(range(rows)), tuple(range(rows)), rows))
+    shares = [tokens & ~text, ~text & ~tokens, text & ~tokens, text & tokens, fps & latents]
+    assert [share.double().mean().item() for share in shares] == pytest.approx([0.05, 0.05, 0.05, 0.85, 1], abs=0.015)
+
+
+@pytest.mark.parametrize("family, frames, steps, scales", [("svd", 14, 25, (1.0, 2.5)), ("svd_xt", 25, 30, (1.5, 3.0))])
+def test_svd_samples_as_released(family, frames, steps, scales):
+    engine = load_config(ROOT / "configs" / "families" / f"{family}.yaml")["engine"]
+    assert (engine["sample_shape"][1], engine["sampler"]["num_steps"]) == (frames, steps)
+    assert (engine["guider"]["min_scale"], engine["guider"]["max_scale"]) == scales
+
+
+@pytest.mark.parametrize("family, latents", [("cogvideox_5b_i2v", 13), ("cogvideox_1_5_5b_i2v", 22)])
+@pytest.mark.parametrize("fewer", [False, True])
+def test_the_latents_of_a_picture_have_the_frames_of_the_videos(family, latents, fewer):
+    """(F - 1) / 4 + 1, whatever F the config is overridden with."""
+    lines = ["engine.sample_shape=[3, 9, 480, 720]"] if fewer else []
+    with torch.device("meta"):
+        engine = build(load_config(ROOT / "configs" / "families" / f"{family}.yaml", overrides=lines)["engine"])
+    picture = engine.conditioner.embedders[1]
+    assert picture._num_latents((1, 3, 480, 720), picture.frames) == (3 if fewer else latents)
 
 
 def test_svd_is_told_and_read_as_published():

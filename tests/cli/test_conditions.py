@@ -101,6 +101,9 @@ def test_any_field_is_served():
     assert asked(*both, field=[("fps", "8")], label=[1, 2]) == {"label": [1, 2], "fps": [8.0]}
     assert asked(*both, field=[("fps", "8")])["label"] == list(range(10))  # nothing asked: all classes
     assert asked(ScalarFourierEmbedder("crop"), field=[("crop", "0,16")]) == {"crop": [[0.0, 16.0]]}
+    usual = ScalarFourierEmbedder("bucket", default=127), ScalarFourierEmbedder("crop", default=[0, 0])
+    assert asked(*usual, field=[("crop", "8,8")]) == {"bucket": [127], "crop": [[8.0, 8.0]]}
+    assert asked(*usual) == {"bucket": [127], "crop": [[0, 0]]}
     with pytest.raises(ValueError, match="also told fps; say --field fps="):
         asked(*both)
     with pytest.raises(ValueError, match="--field fps=x: a number, or several"):
@@ -113,5 +116,7 @@ def test_conditions_of_data_begin_again_where_they_end():
     data = [Digits("test")]
     fields, labels = fields_of(engine(ClassLabelEmbedder(10, 4)), data, 400)
     assert fields["label"] == labels.tolist() == [data[0][i % 360]["label"] for i in range(400)]
+    usual = engine(ClassLabelEmbedder(10, 4), ScalarFourierEmbedder("bucket", default=127))
+    assert fields_of(usual, data, 4)[0]["bucket"] == [127] * 4
     with pytest.raises(ValueError, match="told 'fps', which the data have not"):
         fields_of(engine(ScalarFourierEmbedder("fps")), data, 4)

@@ -79,8 +79,8 @@ def test_each_moment_has_tokens_of_its_own():
 
 
 def test_without_a_mean_training_noises_by_sigma_as_sampling_does():
-    made = ImageLatentsEmbedder(IdentityFirstStage(), log_mean=None, sigma=0.1, level_feeds="vector", sigma_field="aug")
-    batch = {"image": draw(64, 3, 8, 8), "noise_key": torch.arange(64), "step": 0, "aug": torch.ones(64)}
+    made = ImageLatentsEmbedder(IdentityFirstStage(), log_mean=None, sigma=0.1, level_feeds="vector")
+    batch = {"image": draw(64, 3, 8, 8), "noise_key": torch.arange(64), "step": 0}
     cond = alone(made, batch, training=True)
     assert torch.equal(cond["vector"], sinusoidal(torch.full((64,), 0.1), 256))
     assert (cond["concat"] - batch["image"]).std().item() == pytest.approx(0.1, rel=0.05)
@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_said():
         ScalarFourierEmbedder("polar_rad", frames=12)(torch.zeros(1, 5))
     with pytest.raises(ValueError, match=r"T \* V of them; its shape is \(1, 2, 4\)"):
         ScalarFourierEmbedder("polar_rad", frames=12)(torch.zeros(1, 2, 4))
-    with pytest.raises(ValueError, match="5 frames came, and frames is 12. With fill: each it is a multiple"):
+    with pytest.raises(ValueError, match="5 latent frames came, and the video has 12. With fill: each it is a m"):
         alone(embedder(frames=12, fill="each"), {"cond_motion": draw(1, 3, 5, 4, 4)})
     with pytest.raises(ValueError, match=r"has holds one number per row, \(2,\); its shape is \(1,\)"):
         alone(embedder(given_field="has"), {"cond_motion": draw(2, 3, 4, 4), "has": [1]})

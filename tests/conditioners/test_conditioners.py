@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from vdiff.conditioners import ClassLabelEmbedder, Embedder, EmbedderConditioner, ScalarFourierEmbedder
+from vdiff.conditioners import (
+    ClassLabelEmbedder,
+    Embedder,
+    EmbedderConditioner,
+    FieldEmbedder,
+    ImageLatentsEmbedder,
+    ScalarFourierEmbedder,
+)
+from vdiff.first_stages import IdentityFirstStage
 from vdiff.registry import isolated
 
 
@@ -103,7 +111,10 @@ def test_joint_drops_are_exclusive_outcomes():
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([{"probability": 0.1, "drop": ["caption"]}], "no embedder reads .*caption"),
+        (
+            [{"probability": 0.1, "drop": ["caption", "label"]}],
+            r"reads or feeds \['caption'\]. Fields: label, fps. Names that are fed: vector",
+        ),
         ([{"probability": 0.7, "drop": ["label"]}, {"probability": 0.7, "drop": ["fps"]}], "at most 1, got .0.7, 0.7"),
         ([{"probability": -0.2, "drop": ["label"]}], "at least 0"),
         ([{"p": 0.1, "drop": ["label"]}], "probability and drop"),
@@ -179,9 +190,37 @@ def test_a_new_embedder_is_a_few_lines():
     assert cond["vector"].tolist() == [[0.0], [0.0]]
 
 
-def test_a_null_that_is_the_embedding_itself_is_left_alone_by_guidance_and_never_dropped():
+def test_a_null_that_is_the_embedding_itself_is_left_alone_by_guidance():
     cond = EmbedderConditioner([ClassLabelEmbedder(3, 4), ScalarFourierEmbedder("fps", width=6, null="same")])(batch())
     assert torch.equal(cond["vector"][:, 4:], cond.null["vector"][:, 4:])
     assert not torch.equal(cond["vector"][:, :4], cond.null["vector"][:, :4])
-    with pytest.raises(ValueError, match="nothing to drop to"):
-        ScalarFourierEmbedder("fps", null="same", drop=0.1)
+
+
+@pytest.mark.parametrize("level_null", ["same", "zero"])
+@pytest.mark.parametrize("way", ["drop", "joint_drop"])
+def test_what_guidance_leaves_alone_training_drops_to_zero_and_its_null_is_still_itself(way, level_null):
+    drop, joint = (0.5, []) if way == "drop" else (0.0, [{"probability": 0.5, "drop": ["image", "fps"]}])
+    options = dict(log_mean=None, sigma=0.0, level_feeds="level", level_null=level_null)
+    picture = ImageLatentsEmbedder(IdentityFirstStage(), null="same", drop=drop, **options)
+    rate = FieldEmbedder("fps", null="same", drop=drop, absent=-1.0)
+    made = EmbedderConditioner([picture, rate], joint)
+    given = {"image": torch.rand(500, 1, 2, 2) + 1, "fps": torch.full((500,), 8.0)}
+    given |= {"noise_key": torch.arange(500), "step": 0}
+    cond = made.train()(given)
+    is_dropped = (cond["concat"] == 0).flatten(1).all(1)
+    assert is_dropped.float().mean().item() == pytest.approx(0.5, abs=0.1)
+    assert torch.equal(cond["concat"][~is_dropped], given["image"][~is_dropped])
+    assert torch.equal((cond["level"] == 0).all(1), is_dropped & (level_null == "zero"))
+    assert set(cond["fps"].tolist()) == {8.0, -1.0} and (way == "drop") != torch.equal(cond["fps"] == -1, is_dropped)
+    null = made.eval()(given).null
+    assert torch.equal(null["concat"], given["image"]) and torch.equal(null["fps"], given["fps"])
+
+
+def test_a_joint_drop_tells_two_that_read_one_field_by_the_names_they_feed():
+    """As DynamiCrafter: a picture is dropped as tokens, and its latents never are. A word that is both is a field."""
+    embedders = [FieldEmbedder("image", "tokens"), FieldEmbedder("image", "concat"), FieldEmbedder("other", "image")]
+    given = {"image": torch.ones(500), "other": torch.ones(500), "noise_key": torch.arange(500), "step": 0}
+    for words, lost in ((["tokens"], {"tokens"}), (["image"], {"tokens", "concat"}), (["other"], {"image"})):
+        cond = EmbedderConditioner(embedders, [{"probability": 0.3, "drop": words}]).train()(given)
+        rates = {name: 1 - value.mean().item() for name, value in cond.tensors.items()}
+        assert rates == pytest.approx({name: 0.3 * (name in lost) for name in rates}, abs=0.08)

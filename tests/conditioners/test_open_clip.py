@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy
 import pytest
 import torch
 from peers import peer
@@ -180,6 +181,33 @@ def test_a_picture_of_another_size_is_resized_and_a_grey_one_is_grey(file):
     made = pictures(file)
     flat = torch.full((1, 1, 70, 50), 0.5)
     assert torch.allclose(made(flat), made(torch.full((1, 3, 32, 32), 0.5)), atol=1e-5)
+
+
+def unprepared(made, x):
+    return (made.prepare(x) * made.std + made.mean) * 2 - 1
+
+
+@pytest.mark.parametrize("size", [(160, 288), (33, 250), (20, 90), (16, 24), (32, 40)])
+def test_pictures_are_resized_as_diffusers_does_for_stable_video_diffusion(file, size):
+    theirs = peer("diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion")
+    x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2 - 1
+    ours = unprepared(pictures(file).double(), x)
+    expected = theirs._resize_with_antialiasing(x, (32, 32))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)  # the kernels there are made in float32
+    low = unprepared(pictures(file), x.float())
+    torch.testing.assert_close(low, expected.float(), rtol=0, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(unprepared(pictures(file), x.float()), low)
+
+
+def test_antialiased_pictures_are_resized_as_pillow_does_for_clip(file):
+    from PIL import Image
+
+    x = torch.rand(1, 1, 75, 110, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    ours = unprepared(pictures(file, resize="antialiased"), x)
+    expected = torch.tensor(numpy.array(Image.fromarray(x[0, 0].numpy()).resize((32, 32), Image.Resampling.BICUBIC)))
+    torch.testing.assert_close(ours, expected.expand(1, 3, -1, -1), rtol=0, atol=2e-6)
+    assert (ours - unprepared(pictures(file), x)).abs().max() > 0.1  # the two ways differ
 
 
 def test_the_frames_of_a_video_are_tokens_in_order(file):

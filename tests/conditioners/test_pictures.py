@@ -58,6 +58,16 @@ def test_sampling_takes_the_field_or_the_level_of_its_own():
         made.read({**given, "cond_aug": [0.1]})
 
 
+def test_a_level_that_the_batch_says_holds_in_training_too():
+    made = embedder().train()
+    levels = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    noise, told = noise_of(made, batch(cond_aug=levels))
+    assert torch.equal(told, sinusoidal(levels, 256)) and noise[0].abs().max() == 0
+    drawn = made.read(batch(), True)
+    own = torch.stack([n.std() for n in noise_of(made, batch())[0]]) / drawn.sigma  # the row's own noise, of one size
+    assert torch.allclose(noise[1:].flatten(1).std(1) / levels[1:], own[1:], rtol=1e-3)
+
+
 def test_noise_on_latents_and_none_at_all():
     given = batch()
     assert torch.equal(EmbedderConditioner([embedder(noised="nothing").train()])(given)["concat"], given["image"])
@@ -96,6 +106,34 @@ def test_the_vector_of_sdxl_is_its_sizes_behind_the_pooled_text():
     assert torch.equal(vector, torch.cat([fields["pooled"], waves], 1))
 
 
+def test_numbers_are_told_with_an_offset_and_by_default():
+    made = EmbedderConditioner(
+        [
+            ScalarFourierEmbedder("fps", width=8, offset=-1.0, scale=2.0),
+            ScalarFourierEmbedder("bucket", width=8, default=127),
+            ScalarFourierEmbedder("crop", width=8, default=[3, 4]),
+            FieldEmbedder("stride", offset=0.5, default=10),
+        ]
+    ).eval()
+    cond = made({"fps": torch.tensor([8, 24])})
+    numbers = torch.tensor([[14.0, 127.0, 3.0, 4.0], [46.0, 127.0, 3.0, 4.0]])
+    assert torch.equal(cond["vector"], sinusoidal(numbers, 8).flatten(1)) and cond["stride"].tolist() == [10.5, 10.5]
+    told = made({"fps": [8.0, 24.0], "bucket": [1, 2], "crop": [[5, 6], [7, 8]], "stride": [4.0, 5.0]})
+    numbers = torch.tensor([[14.0, 1.0, 5.0, 6.0], [46.0, 2.0, 7.0, 8.0]])
+    assert torch.equal(told["vector"], sinusoidal(numbers, 8).flatten(1)) and told["stride"].tolist() == [4.5, 5.5]
+    assert FieldEmbedder("stride")(torch.tensor([4])).dtype == torch.int64
+
+
+def test_a_default_has_as_many_rows_as_the_batch_says_and_no_others():
+    made = EmbedderConditioner([ScalarFourierEmbedder("bucket", width=8, default=127)])
+    assert made.eval()({"noise_key": torch.arange(3), "step": 7, "seed": 1})["vector"].shape == (3, 8)
+    assert made.eval()({"caption": ["a", "b"], "step": 7})["vector"].shape == (2, 8)
+    with pytest.raises(ValueError, match="'bucket' has a default .* not clear: no other field tells. Give it"):
+        made({"step": 7})
+    with pytest.raises(ValueError, match="not clear: caption 2, fps 3. Give it"):
+        made({"caption": ["a", "b"], "fps": torch.ones(3)})
+
+
 def test_waves_are_those_of_diffusers():
     from peers import peer
 
@@ -116,8 +154,6 @@ def test_the_null_may_be_the_same_and_latents_may_be_scaled():
     given = {"image": batch()["image"]}
     cond = EmbedderConditioner([embedder(noised="nothing", null="same", scale=2.0)]).eval()(given)
     assert torch.equal(cond["concat"], 2 * given["image"]) and torch.equal(cond.null["concat"], cond["concat"])
-    with pytest.raises(ValueError, match="nothing to drop to"):
-        embedder(null="same", drop=0.1)
 
 
 def test_without_a_first_stage_of_its_own_it_goes_through_the_engines():

@@ -175,7 +175,7 @@ def test_masks_of_joined_tokens_follow_the_join():
         Embedding(torch.zeros(2, 3, 4), torch.tensor([[1, 0, 0], [1, 1, 0]]).bool()),
         Embedding(torch.ones(2, 3, 4)),
     )
-    from vdiff.conditioners.base import _join
+    from vdiff.conditioners.composition import _join
 
     assert _join("cross_attention", [first, first], 2).mask.equal(first.mask)
     joined = _join("cross_attention", [first, second], 1)

@@ -117,6 +117,24 @@ def test_a_visit_is_a_clip_drawn_by_its_key(tmp_path):
     assert Loader(data, 2).batch(0)["video"].shape == (2, 3, 5, 32, 64)
 
 
+def test_a_frame_of_the_clip_is_its_image_where_one_is_wanted(tmp_path):
+    write(tmp_path / "a.mp4", num=40)
+    assert "image" not in folder(tmp_path)[0]
+    first, random = folder(tmp_path, image="first"), folder(tmp_path, image="random", crop="random", flip=0.5)
+    shown = set()
+    for key in range(30):
+        row, plain = first.visit(0, key), folder(tmp_path).visit(0, key)
+        assert torch.equal(row["image"], row["video"][:, 0]) and torch.equal(row["video"], plain["video"])
+        row = random.visit(0, key)
+        (place,) = [i for i in range(5) if torch.equal(row["image"], row["video"][:, i])]
+        shown.add(place)
+    assert shown == {0, 1, 2, 3, 4}
+    assert torch.equal(random[0]["image"], random[0]["video"][:, 0])
+    assert random.ranges["image"] == (-1, 1) and Loader(random, 2).batch(0)["image"].shape == (2, 3, 32, 64)
+    with pytest.raises(ValueError, match="image is 'first', 'random' or nothing, got 'last'"):
+        folder(tmp_path, image="last")
+
+
 @pytest.mark.parametrize("fps, expected", [(25, [0, 1, 2, 3, 4]), (12.5, [0, 2, 4, 6, 8]), (50, [0, 0, 1, 1, 2])])
 def test_a_rate_shows_what_was_on_display(tmp_path, fps, expected):
     write(tmp_path / "a.mp4", num=5 if fps >= 25 else 9)

@@ -22,7 +22,7 @@ Fields = dict[str, Any]
 def asked_fields(engine: DiffusionEngine, arguments: argparse.Namespace) -> Fields:
     """What the conditions were asked to be, for every field of the engine, to be gone through in turn.
 
-    A field whose values can be counted goes through all of them if nothing is asked.
+    If nothing is asked, a field takes its default, or goes through all its values where they can be counted.
     """
     words = [(field, word, f"--field {field}={word}") for field, word in arguments.field or ()]
     for label in arguments.label or ():
@@ -41,8 +41,9 @@ def asked_fields(engine: DiffusionEngine, arguments: argparse.Namespace) -> Fiel
         except ValueError as error:
             raise ValueError(f"{option}: {error}") from error
     for field, embedder in readers.items():
-        if field not in fields and embedder.choices is not None:
-            fields[field] = list(embedder.choices)
+        usual = embedder.choices if embedder.default is None else [embedder.default]
+        if field not in fields and usual is not None:
+            fields[field] = list(usual)
     if missing := [field for field in readers if field not in fields]:
         ways = {f: "--prompt TEXT" if isinstance(readers[f], TextEmbedder) else f"--field {f}=..." for f in missing}
         raise ValueError(f"this engine is also told {', '.join(missing)}; say {' and '.join(ways.values())}.")
@@ -110,10 +111,12 @@ def fields_of(engine: DiffusionEngine, data: Sequence[Dataset], num: int) -> tup
                 rows += group if isinstance(group, list) else [group]
     rows = [rows[i % len(rows)] for i in range(num)]
     labels = torch.tensor([int(row["label"]) for row in rows]) if "label" in rows[0] else None
-    return {e.reads: _column(rows, e.reads) for e in _embedders(engine)}, labels
+    return {e.reads: _column(rows, e.reads, e.default) for e in _embedders(engine)}, labels
 
 
-def _column(rows: Sequence[Row], field: str) -> Any:
+def _column(rows: Sequence[Row], field: str, default: Any) -> Any:
+    if field not in rows[0] and default is not None:
+        return [default] * len(rows)
     if field not in rows[0]:
         raise ValueError(f"the engine is told {field!r}, which the data have not. They have: {', '.join(rows[0])}.")
     values = [row[field] for row in rows]

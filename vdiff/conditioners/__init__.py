@@ -1,6 +1,7 @@
 """Conditioners and embedders: what a network is told besides the noisy sample."""
 
-from vdiff.conditioners.base import JOINED_ALONG, Conditioner, Embedder, EmbedderConditioner, Embedding, Feeds
+from vdiff.conditioners.base import Conditioner, Embedder, Embedding, Feeds
+from vdiff.conditioners.composition import JOINED_ALONG, EmbedderConditioner
 from vdiff.conditioners.embedders import ClassLabelEmbedder, FieldEmbedder, ScalarFourierEmbedder
 from vdiff.conditioners.huggingface import CLIPTextEmbedder, T5TextEmbedder
 from vdiff.conditioners.image_latents import ImageLatentsEmbedder

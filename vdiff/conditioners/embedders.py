@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -70,10 +71,12 @@ class ScalarFourierEmbedder(Embedder):
         reads: A field of shape ``(B,)`` or ``(B, n)``.
         width: Of each number's embedding; even.
         max_period: Of the slowest wave.
-        scale: The numbers are multiplied by it first; 1000 for numbers in [0, 1].
+        offset: Added to the numbers first; -1 where a network is told frames per second less one.
+        scale: They are multiplied by it then; 1000 for numbers in [0, 1].
         frames: Where set, numbers belong to views, ``(B, V)``, or to T moments of V views, ``(B, T, V)``, and each of
             so many frames has an embedding of its own, ``(B, frames, width)``. Frames are all views of the first
             moment, then of the next; views that are not told by moment stay what they are.
+        default: The number or numbers of every row where a batch has no such field; None makes that an error.
         feeds, drop, null: See :class:`Embedder`.
 
     References:
@@ -92,6 +95,8 @@ class ScalarFourierEmbedder(Embedder):
         feeds: str = "vector",
         drop: float = 0.0,
         null: Literal["zero", "learned", "same"] = "zero",
+        offset: float = 0.0,
+        default: float | Sequence[float] | None = None,
     ) -> None:
         super().__init__(reads, feeds, drop, null)
         if width % 2:
@@ -99,6 +104,7 @@ class ScalarFourierEmbedder(Embedder):
         if frames is not None and frames < 1:
             raise ValueError(f"ScalarFourierEmbedder: frames is at least 1, got {frames}.")
         self.width, self.max_period, self.scale, self.frames = width, max_period, scale, frames
+        self.offset, self.default = offset, default
         self.register_buffer("place", torch.empty(0), persistent=False)  # moves with the module
         self.absent = nn.Parameter(torch.zeros(width)) if null == "learned" else None
 
@@ -112,7 +118,7 @@ class ScalarFourierEmbedder(Embedder):
                 f"ScalarFourierEmbedder: {self.reads} holds numbers, (B,) or (B, n), such as [8.0]; "
                 f"its shape is {tuple(numbers.shape)}."
             )
-        waves = sinusoidal(numbers * self.scale, self.width, self.max_period)
+        waves = sinusoidal((numbers + self.offset) * self.scale, self.width, self.max_period)
         return waves.flatten(1) if self.frames is None else waves
 
     def _by_frame(self, numbers: Tensor, frames: int) -> Tensor:
@@ -143,7 +149,10 @@ class FieldEmbedder(Embedder):
         reads, drop: See :class:`Embedder`.
         feeds: By default the name it reads.
         absent: The value of the null, in every entry.
-        null: ``same``: the null has the field as well, as the hint of a ControlNet is in both branches of guidance.
+        offset: Added to the field.
+        default: The number or numbers of every row where a batch has no such field; None makes that an error.
+        null: ``same``: the null has the field as well, as the hint of a ControlNet is in both branches of guidance;
+            what training drops is ``absent`` all the same.
     """
 
     place: Tensor
@@ -155,13 +164,16 @@ class FieldEmbedder(Embedder):
         drop: float = 0.0,
         absent: float = 0.0,
         null: Literal["zero", "same"] = "zero",
+        offset: float = 0.0,
+        default: float | Sequence[float] | None = None,
     ) -> None:
         super().__init__(reads, feeds or reads, drop, null)
-        self.absent = absent
+        self.absent, self.offset, self.default = absent, offset, default
         self.register_buffer("place", torch.empty(0), persistent=False)  # moves with the module
 
     def forward(self, value: Tensor) -> Tensor:
-        return torch.as_tensor(value).to(self.place.device)
+        field = torch.as_tensor(value).to(self.place.device)
+        return field + self.offset if self.offset else field  # whole numbers stay whole
 
     def null(self, like: Tensor) -> Tensor:
         return torch.full_like(like, self.absent)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from vdiff.conditioners.base import Embedder, Embedding
+from vdiff.conditioners.base import Embedder, Embedding, Feeds
 from vdiff.first_stages import FirstStage
 from vdiff.networks import sinusoidal
 from vdiff.process import RowKeys, normal, spread, upload
@@ -36,8 +36,9 @@ class ImageLatentsEmbedder(Embedder, name="image_latents"):
     r"""The latents of a picture, noised a little, for ``concat``; and how much, for the network to know.
 
     :math:`\mathrm{encode}(x + \sigma \epsilon)` (Stable Video Diffusion, CogVideoX) or, with ``noised: latents``,
-    :math:`\mathrm{encode}(x) + \sigma \epsilon`. Training draws :math:`\ln\sigma` from a normal distribution, by the
-    row's key; sampling takes the batch field ``sigma_field`` where there is one, and otherwise ``sigma``.
+    :math:`\mathrm{encode}(x) + \sigma \epsilon`. How much, the batch field ``sigma_field`` says where there is one.
+    Otherwise training draws :math:`\ln\sigma` from a normal distribution, by the row's key, and sampling takes
+    ``sigma``.
 
     Args:
         first_stage: Frozen, with the scale and shift that belong to these latents. Stable Video Diffusion has its
@@ -45,17 +46,20 @@ class ImageLatentsEmbedder(Embedder, name="image_latents"):
         reads: Pictures ``(B, c, h, w)`` in the first stage's range, or videos ``(B, c, f, h, w)``.
         feeds: The name that the latents feed.
         drop: See :class:`Embedder`.
-        null: Of the latents: ``zero``, or ``same`` where guidance leaves the picture alone (CogVideoX, DynamiCrafter).
+        null: Of the latents: ``zero``, or ``same`` where guidance leaves the picture alone (CogVideoX, DynamiCrafter);
+            training drops them to zero in both cases.
         scale: Latents are multiplied by it.
-        log_mean, log_std: Of :math:`\ln\sigma` in training; -3 and 0.5 in both papers. ``log_mean`` None: always
-            ``sigma``.
+        log_mean, log_std: Of :math:`\ln\sigma` in training; -3 and 0.5 in both papers. ``log_mean`` None: ``sigma`` in
+            training too.
         sigma: When sampling; 0.02 in Stable Video Diffusion.
         noised: ``pixels``, ``latents`` or ``nothing``.
         level_feeds: The name that the level feeds as sines and cosines of ``sigma``; None: none.
         level_width: Of these.
-        level_null: Whether the null keeps the level (Stable Video Diffusion) or has zero for its waves (SV4D).
-        sigma_field: The field with the level of each row, ``(B,)``.
-        frames: Video latents to make of a picture's, ``(B, c, frames, h, w)``.
+        level_null: Whether the null, as a row that is dropped, keeps the level (Stable Video Diffusion) or has zero
+            for its waves (SV4D).
+        sigma_field: The field with the level of each row, ``(B,)``, in training and sampling.
+        frames: Of the video in pixels. A picture's latents become those of so many frames: as many as the engine's
+            first stage makes of them, 13 of 49 in CogVideoX.
         fill: What the frames after the first are: the picture again (Stable Video Diffusion), zero (CogVideoX); or
             ``each``: every frame in turn, equally often, as the video that all views of SV4D see.
         given_field: A field ``(B,)``, 0 in rows that have no picture, whatever stands in its place: their latents are
@@ -113,11 +117,11 @@ class ImageLatentsEmbedder(Embedder, name="image_latents"):
     def read(self, batch: Mapping[str, Any], is_training: bool = False) -> Noised:
         pixels = super().read(batch)
         keys = RowKeys.of(batch) if "noise_key" in batch and "step" in batch else None
-        if is_training and self.log_mean is not None:
+        if self.sigma_field in batch:
+            sigma = torch.as_tensor(batch[self.sigma_field]).float().cpu()
+        elif is_training and self.log_mean is not None:
             drawn = RowKeys.of(batch).normal(f"augmentation/{self.reads}/level", ())
             sigma = torch.exp(self.log_mean + self.log_std * drawn)
-        elif self.sigma_field in batch and not is_training:
-            sigma = torch.as_tensor(batch[self.sigma_field]).float().cpu()
         else:
             sigma = torch.full((len(pixels),), self.sigma)
         given = None
@@ -139,7 +143,8 @@ class ImageLatentsEmbedder(Embedder, name="image_latents"):
         if self.noised == "latents":
             latents = self._with_noise(latents, sigma, value.keys)
         if self.frames is not None:
-            latents = self._filled(latents if latents.ndim == 5 else latents[:, :, None], self.frames)
+            frames = self._num_latents(pixels.shape, self.frames)
+            latents = self._filled(latents if latents.ndim == 5 else latents[:, :, None], frames)
         if value.given is not None:
             latents = torch.where(spread(upload(value.given, latents.device), latents), latents, 0)
         feeds = {self.feeds: Embedding(latents)}
@@ -147,12 +152,9 @@ class ImageLatentsEmbedder(Embedder, name="image_latents"):
             feeds[self.level_feeds] = Embedding(sinusoidal(sigma, self.level_width))
         return feeds
 
-    def with_null(self, value: Noised) -> tuple[dict[str, Embedding], dict[str, Embedding]]:
-        said = self(value)
-        if self.null_kind == "same":
-            return said, said
-        silent = said if self.level_null == "zero" else [self.feeds]
-        return said, {**said, **{name: Embedding(torch.zeros_like(said[name].tensor)) for name in silent}}
+    def silent(self, said: Feeds) -> Feeds:
+        null = super().silent(said)
+        return null if self.level_null == "zero" else {**said, self.feeds: null[self.feeds]}
 
     def _with_noise(self, x: Tensor, sigma: Tensor, keys: RowKeys | None) -> Tensor:
         purpose = f"augmentation/{self.reads}/noise"
@@ -160,12 +162,21 @@ class ImageLatentsEmbedder(Embedder, name="image_latents"):
         noise = keys.normal(purpose, x.shape[1:]) if keys is not None else normal(x.shape[1:], purpose)
         return x + spread(sigma, x) * upload(noise, x.device).to(x.dtype)
 
+    def _num_latents(self, shape: Sequence[int], frames: int) -> int:
+        """Of a video of so many frames, in the first stage that makes what is sampled."""
+        stage = next(iter(self._shared), self.first_stage)
+        assert stage is not None
+        made = stage.latent_shape((shape[1], frames, *shape[-2:]))
+        if len(made) != 4:
+            raise ValueError(f"ImageLatentsEmbedder: {type(stage).__name__} has latents without frames; set no frames.")
+        return made[1]
+
     def _filled(self, latents: Tensor, frames: int) -> Tensor:
         came = latents.shape[2]
         more = frames - came
         if more < 0 or (self.fill == "each" and more % came):
             whole = " With fill: each it is a multiple of them." if self.fill == "each" else ""
-            raise ValueError(f"ImageLatentsEmbedder: {came} frames came, and frames is {frames}.{whole}")
+            raise ValueError(f"ImageLatentsEmbedder: {came} latent frames came, and the video has {frames}.{whole}")
         if self.fill == "each":
             return latents.repeat_interleave(frames // came, dim=2)
         last = latents[:, :, -1:].expand(-1, -1, more, -1, -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,9 +47,10 @@ class OpenCLIPImageEmbedder(Embedder, name="open_clip_image"):
         null: ``zero``, or ``empty``: what the tower says of a picture of CLIP's mean colour, as IP-Adapter Plus has it.
         trainable: Otherwise frozen.
         per_frame: For networks in which a frame attends to its own tokens, as SVD's, and a moment in SV4D's.
-
-    Stable Video Diffusion resizes with a blur of its own before; the resizing here, bicubic with antialiasing,
-    differs from that by a few grey values at edges.
+        resize: ``blurred``, as the towers of SVD, SV3D, SV4D, VideoCrafter and DynamiCrafter were fed: a Gaussian blur,
+            then bicubic from corner to corner, see :func:`blurred`; or ``antialiased``, bicubic with antialiasing, as
+            CLIP itself and IP-Adapter prepare pictures. They differ by some grey values at edges. Both squeeze a
+            picture that is not square.
     """
 
     has_empty = True
@@ -68,12 +69,15 @@ class OpenCLIPImageEmbedder(Embedder, name="open_clip_image"):
         trainable: bool = False,
         per_frame: bool = False,
         null: Literal["zero", "empty"] = "zero",
+        resize: Literal["blurred", "antialiased"] = "blurred",
     ) -> None:
         super().__init__(reads, feeds, drop, null)
+        if resize not in ("blurred", "antialiased"):
+            raise ValueError(f"OpenCLIPImageEmbedder: resize is 'blurred' or 'antialiased', got {resize!r}.")
         if pixel_range[0] >= pixel_range[1]:
             raise ValueError(f"OpenCLIPImageEmbedder: pixel_range goes from low to high, got {pixel_range}.")
         self.arch, self.output, self.pixel_range, self.trainable = arch, output, pixel_range, trainable
-        self.per_frame = per_frame
+        self.per_frame, self.resize = per_frame, resize
         config = architecture(arch, "OpenCLIPImageEmbedder")
         vision = config["vision_cfg"] if isinstance(arch, str) else config["text_cfg"]
         self.model = nn.ModuleDict({"visual": _visual(config, vision)})
@@ -153,11 +157,13 @@ class OpenCLIPImageEmbedder(Embedder, name="open_clip_image"):
                     f"OpenCLIPImageEmbedder: {self.reads} has values from {least:.3g} to {most:.3g}, and pixel_range "
                     f"is {low:g} to {high:g}. Set pixel_range to what the data have."
                 )
-        x = (pixels.to(self.mean).expand(-1, 3, -1, -1) - low) / (high - low)
         size = tuple(self.tower.image_size)
-        if x.shape[2:] != size:
+        x = (pixels.to(self.mean.device, torch.promote_types(self.mean.dtype, torch.float32)) - low) / (high - low)
+        if x.shape[2:] != size and self.resize == "blurred":
+            x = F.interpolate(blurred(x, size), size, mode="bicubic", align_corners=True)
+        elif x.shape[2:] != size:
             x = F.interpolate(x, size, mode="bicubic", antialias=True)
-        return (x - self.mean) / self.std
+        return ((x - self.mean) / self.std).to(self.mean.dtype)
 
     def _tokens(self, x: Tensor) -> Tensor:
         tower = self.tower
@@ -171,6 +177,30 @@ class OpenCLIPImageEmbedder(Embedder, name="open_clip_image"):
         if self.output == "patches":
             return tokens
         return pooled if tower.proj is None else pooled @ tower.proj
+
+
+def blurred(x: Tensor, size: Sequence[int]) -> Tensor:
+    r"""Pictures ``(B, c, h, w)`` before they are made smaller, blurred along each axis as kornia and scikit-image do.
+
+    Along an axis that gets smaller by a factor f the Gaussian has :math:`\sigma = (f - 1) / 2`, over an odd number of
+    pixels, :math:`4 \sigma` or the next, 3 at least; borders are mirrored. An axis that grows stays as it is.
+
+    Args:
+        size: What they are to become, height and width.
+    """
+    for axis, new in ((2, size[0]), (3, size[1])):
+        sigma = (x.shape[axis] / new - 1) / 2
+        if sigma <= 0:
+            continue
+        radius = max(int(4 * sigma), 3) // 2
+        place = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
+        weights = torch.softmax(-(place**2) / (2 * sigma**2), 0)
+        padding = (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0)
+        kernel = weights.view(1, 1, -1, 1) if axis == 2 else weights.view(1, 1, 1, -1)
+        rows = F.pad(x, padding, mode="reflect").flatten(0, 1)[:, None]
+        with torch.autocast(x.device.type, enabled=False):  # pixels are worth more than eight bits
+            x = F.conv2d(rows, kernel)[:, 0].unflatten(0, x.shape[:2])
+    return x
 
 
 def _visual(config: Mapping[str, Any], vision: Mapping[str, Any]) -> nn.Module:

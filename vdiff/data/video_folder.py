@@ -20,7 +20,8 @@ class VideoFolder(FolderDataset):
     """Clips of the video files of a folder; ``{type: video_folder, folder: clips, size: 64, num_frames: 16, fps: 8}``.
 
     A row has ``video``, ``(channels, f, h, w)`` float32 in [-1, 1]; ``label`` and ``caption`` where there are any,
-    or the table's fields; and ``file``, ``fps`` (of the clip, a float) and ``start`` (its first frame's number).
+    or the table's fields; and ``file``, ``fps`` (of the clip, a float) and ``start`` (its first frame's number). Asked
+    for, ``image``, ``(channels, h, w)``, is one of the clip's frames: what image-to-video models are told.
     Frames are exact: the numbered ones of the file, whatever its key frames, B-frames, start time and rate.
 
     An example asked for by number is the clip in the middle, cut in the centre. A visit of training draws place,
@@ -32,10 +33,12 @@ class VideoFolder(FolderDataset):
         num_frames: f.
         fps: Show what was on display every 1/fps seconds; frames repeat where the file has fewer.
         stride: Every so many frames instead; 1 if neither is given.
+        image: Which frame a row has as ``image`` as well: the ``first``, or in training a ``random`` one, as
+            DynamiCrafter was trained; None: there is no such field.
         check: ``headers`` also reads the times of all frames, ``whole`` also decodes the last one.
     """
 
-    ranges = {"video": (-1.0, 1.0)}
+    ranges = {"video": (-1.0, 1.0), "image": (-1.0, 1.0)}
     suffixes = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 
     def __init__(
@@ -52,7 +55,10 @@ class VideoFolder(FolderDataset):
         channels: Literal[1, 3] = 3,
         max_broken: float = 0.05,
         check: Literal["headers", "whole", "nothing"] = "headers",
+        image: Literal["first", "random"] | None = None,
     ) -> None:
+        if image not in ("first", "random", None):
+            raise ValueError(f"VideoFolder: image is 'first', 'random' or nothing, got {image!r}.")
         if fps is not None and stride is not None:
             raise ValueError(
                 f"VideoFolder: fps {fps:g} and stride {stride} both say how far frames are apart; give one."
@@ -66,7 +72,7 @@ class VideoFolder(FolderDataset):
             self.framing = Framing(size, crop, flip, channels)
         except ValueError as error:
             raise ValueError(f"VideoFolder: {error}") from error
-        self.num_frames, self.fps, self.stride = num_frames, fps, stride or 1
+        self.num_frames, self.fps, self.stride, self.image = num_frames, fps, stride or 1, image
         super().__init__(folder, annotations, texts, max_broken, check)
 
     def read(self, listed: Listed, random: np.random.Generator | None) -> Row:
@@ -78,8 +84,11 @@ class VideoFolder(FolderDataset):
         except ValueError as error:
             raise self._broken(listed, error) from error
         cut = self.framing.cut(frames[0].size, random)
+        video = torch.stack([self.framing(frame, cut) for frame in frames], dim=1)
+        shown = int(random.integers(len(frames))) if self.image == "random" and random is not None else 0
         return {
-            "video": torch.stack([self.framing(frame, cut) for frame in frames], dim=1),
+            "video": video,
+            **({} if self.image is None else {"image": video[:, shown].clone()}),
             **listed.fields,
             "file": self.name(listed),
             "fps": table.fps / self.stride if self.fps is None else self.fps,

@@ -75,7 +75,7 @@ class LVDMUNet(Network, name="lvdm_unet"):
     - ``cross_attention`` ``(B, n, context_dim)``, and its mask ``(B, n)``, True counts;
     - ``image_tokens`` ``(B, image_tokens, context_dim)``, or per frame ``(B, F, image_tokens, context_dim)``, of a
       picture: see :class:`vdiff.conditioners.ImageTokensEmbedder`;
-    - ``fps`` ``(B,)``: frames per second, or DynamiCrafter's stride between frames;
+    - ``fps`` ``(B,)``: frames per second; in DynamiCrafter's model of 256 x 256 the stride between frames;
     - ``guidance`` ``(B,)``: the scale that a distilled network stands for; without it the network does without;
     - ``concat`` ``(B, c, F, H, W)``, or ``(B, c, H, W)`` for all frames alike, put behind x; ``in_channels``
       counts both.
