@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vdiff.checkpoints import read, save_weights
-from vdiff.conditioners import ClassLabelEmbedder, EmbedderConditioner
+from vdiff.conditioners import ClassLabelEmbedder, EmbedderConditioner, GuidanceScaleEmbedder
 from vdiff.data import Digits, Loader
 from vdiff.denoisers import Denoiser, VDenoiser
 from vdiff.engine import DiffusionEngine
@@ -186,6 +186,41 @@ def test_a_guided_teacher_takes_the_step_of_classifier_free_guidance():
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="guidance 3 moves away from the null"):
         denoiser(x_t, level, cond.with_(null=None))
+
+
+def test_a_teacher_guides_each_row_by_the_scale_that_the_student_is_told():
+    """As that row alone under a fixed one; and knows nothing of it otherwise, even where it is a copy that could."""
+    denoiser, (x_t, level, cond) = make(guidance_dim=8), question(2)
+    nn.init.normal_(denoiser.network.time_cond_proj.weight)
+    part, scales = part_of(Teacher(guidance="told").attach(denoiser)), [2.0, 7.5]
+    told = {"guidance": torch.tensor(scales)}
+    both = cond.with_(tensors={**cond.tensors, **told}, null=cond.null.with_(tensors={**cond.null.tensors, **told}))
+    with torch.no_grad():
+        got = part.step(denoiser.forward, x_t, level, both)
+        for row, scale in enumerate(scales):
+            fixed = part_of(Teacher(guidance=scale).attach(make(guidance_dim=8)))
+            torch.testing.assert_close(got[row], fixed.step(denoiser.forward, x_t, level, cond)[row])
+    assert not torch.equal(denoiser.forward(x_t, level, both).value, denoiser.forward(x_t, level, cond).value)
+    with pytest.raises(ValueError, match="'guidance' has the scale of each row, .B,., and it is missing"):
+        denoiser(x_t, level, cond)
+
+
+def test_a_student_is_told_scales_that_its_rows_draw():
+    """Evenly between the two, by key: the same in every batch. Sampling takes the field or the default."""
+    made = EmbedderConditioner([GuidanceScaleEmbedder(2.0, 6.0, default=4.0)])
+    batch = Loader(Digits("train"), 64, seed=0).batch(0)
+    drawn = made.train()(batch)["guidance"]
+    assert 2 <= drawn.min() < 2.5 and 5.5 < drawn.max() <= 6 and torch.equal(made(batch)["guidance"], drawn)
+    some = {
+        name: value[:5] if isinstance(value, torch.Tensor) and value.ndim else value for name, value in batch.items()
+    }
+    assert torch.equal(made(some)["guidance"], drawn[:5])
+    assert (made.eval()(batch)["guidance"] == 4).all() and torch.equal(
+        made(batch).null["guidance"], torch.full((64,), 4.0)
+    )
+    assert made.train()({**batch, "guidance_scale": torch.full((64,), 3.0)})["guidance"].unique() == 3
+    with pytest.raises(ValueError, match="low is at most high, got 6 and 2"):
+        GuidanceScaleEmbedder(6.0, 2.0)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])

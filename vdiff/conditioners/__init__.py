@@ -3,6 +3,7 @@
 from vdiff.conditioners.base import Conditioner, Embedder, Embedding, Feeds
 from vdiff.conditioners.composition import JOINED_ALONG, EmbedderConditioner
 from vdiff.conditioners.embedders import ClassLabelEmbedder, FieldEmbedder, ScalarFourierEmbedder
+from vdiff.conditioners.guidance import GuidanceScaleEmbedder
 from vdiff.conditioners.huggingface import CLIPTextEmbedder, T5TextEmbedder
 from vdiff.conditioners.image_latents import ImageLatentsEmbedder
 from vdiff.conditioners.open_clip import OpenCLIPTextEmbedder
@@ -20,6 +21,7 @@ __all__ = [
     "Embedding",
     "Feeds",
     "FieldEmbedder",
+    "GuidanceScaleEmbedder",
     "ImageLatentsEmbedder",
     "ImageTokensEmbedder",
     "OpenCLIPImageEmbedder",

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from vdiff.hooks import On, Part
 from vdiff.mixins.companion import Companion, CompanionPart, Source, only
-from vdiff.process import Conditioning, LevelPair, NoiseLevel, Prediction
+from vdiff.process import Conditioning, LevelPair, NoiseLevel, Prediction, spread
 
 Asked = Callable[..., Prediction]
+TOLD = "told"
 
 
 class Teacher(Companion):
@@ -32,7 +33,8 @@ class Teacher(Companion):
         solver: ``euler``, first order (DDIM, one call), or ``heun``, second order in the time of the straight flow (two
             calls).
         guidance: Scale of the teacher's classifier-free guidance, which the student then needs no more; 1 is the plain
-            conditional prediction.
+            conditional prediction. ``told``: each row has its own, the condition ``guidance``, which tells it to the
+            student and not to the teacher; see :class:`vdiff.conditioners.GuidanceScaleEmbedder`.
         target: Who is asked at the lower level: ``student`` as it is, or ``ema``, its average in the run (by hand,
             where no trainer keeps one, the student).
         on: The denoiser.
@@ -56,7 +58,7 @@ class Teacher(Companion):
         weights: Literal["ema", "raw"] = "ema",
         sha256: str | None = None,
         solver: Literal["euler", "heun"] = "euler",
-        guidance: float = 1.0,
+        guidance: float | Literal["told"] = 1.0,
         target: Literal["student", "ema"] = "student",
         on: On = "role:denoiser",
         name: str | None = None,
@@ -66,17 +68,20 @@ class Teacher(Companion):
             raise ValueError(
                 f"Teacher: solver is euler or heun, and target student or ema; got {solver!r} and {target!r}."
             )
+        if isinstance(guidance, str) and guidance != TOLD:
+            raise ValueError(f"Teacher: guidance is a scale or {TOLD!r}, got {guidance!r}.")
         self.solver, self.guidance, self.target = solver, guidance, target
         self.average: Callable[[], AbstractContextManager[None]] | None = None
 
     def companion_part(self) -> TeacherPart:
-        return TeacherPart(self.solver == "heun", self.guidance, self.target == "ema")
+        scale = None if isinstance(self.guidance, str) else float(self.guidance)
+        return TeacherPart(self.solver == "heun", scale, self.target == "ema")
 
 
 class TeacherPart(CompanionPart):
     """At a denoiser, called with ``(x_t, level, cond)``: its prediction, with the target in it."""
 
-    def __init__(self, is_second_order: bool, guidance: float, is_averaged: bool) -> None:
+    def __init__(self, is_second_order: bool, guidance: float | None, is_averaged: bool) -> None:
         super().__init__()
         self.is_second_order, self.guidance, self.is_averaged = is_second_order, guidance, is_averaged
         self._target: Prediction | None = None
@@ -119,14 +124,33 @@ class TeacherPart(CompanionPart):
         if self.guidance == 1:
             return teacher(x_t, level, cond)
         if cond is None or cond.null is None:
+            scale = TOLD if self.guidance is None else f"{self.guidance:g}"
             raise ValueError(
-                f"Teacher: guidance {self.guidance:g} moves away from the null of the conditions, and there is none. "
+                f"Teacher: guidance {scale} moves away from the null of the conditions, and there is none. "
                 "Give the conditioner an embedder, or set guidance: 1."
             )
-        both = Conditioning.cat([cond.with_(null=None), cond.null.with_(null=None)], len(x_t))
+        branches = [cond, cond.null]
+        if self.guidance is None:
+            branches = [
+                one.with_(tensors={n: v for n, v in one.tensors.items() if n != "guidance"}) for one in branches
+            ]
+        both = Conditioning.cat([one.with_(null=None) for one in branches], len(x_t))
         said = teacher(torch.cat([x_t, x_t]), NoiseLevel.cat([level, level]), both)
         plain, null = said.value.chunk(2)
-        return Prediction(said.language, null + self.guidance * (plain - null), x_t, level)
+        factor = spread(_told(cond), x_t) if self.guidance is None else self.guidance
+        return Prediction(said.language, null + factor * (plain - null), x_t, level)
+
+
+def _told(cond: Conditioning) -> Tensor:
+    """The scale of each row."""
+    scale = cond.get("guidance")
+    if scale is None or scale.ndim != 1:
+        came = "is missing" if scale is None else f"is {tuple(scale.shape)}"
+        raise ValueError(
+            f"Teacher: with guidance: {TOLD} the condition 'guidance' has the scale of each row, (B,), and it {came}. "
+            "Give the conditioner the embedder guidance_scale, and the network guidance_dim."
+        )
+    return scale
 
 
 def _is_students(part: Part) -> bool:
