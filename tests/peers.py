@@ -22,6 +22,18 @@ def peer(name):
         pytest.skip(message)
 
 
+def save_tokenizer(folder, words):
+    """A tokenizer of transformers for these words, whose ids follow ``<pad>`` 0 and ``</s>`` 1, in a folder."""
+    tokenizers, transformers = peer("tokenizers"), peer("transformers")
+    ids = {word: i for i, word in enumerate(["<pad>", "</s>", *words])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, words[0]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    whole = transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")
+    whole.save_pretrained(folder)
+    return whole
+
+
 def _open_package(name):
     """The package without its ``__init__``: k-diffusion's imports CLIP, which needs a setuptools of 2024."""
     if name not in sys.modules:

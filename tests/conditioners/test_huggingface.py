@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peers import peer
+from peers import peer, save_tokenizer
 
 from vdiff.conditioners import CLIPTextEmbedder, OpenCLIPTextEmbedder, T5TextEmbedder
 from vdiff.registry import build
@@ -28,7 +28,7 @@ def clip(**options):
 
 def test_clip_tokens_are_those_of_transformers():
     made = clip()
-    ids = made.tokenize(PROMPTS)
+    ids = made.ids(PROMPTS)
     assert ids[0].tolist() == [49406, 320, 2368, *[49407] * 13]  # padded with the end, as Stable Diffusion was
     theirs = made.transformer(ids, output_hidden_states=True)
     assert torch.allclose(made(PROMPTS)["cross_attention"].tensor, theirs.last_hidden_state, atol=1e-6)
@@ -62,7 +62,7 @@ def test_open_clip_and_transformers_are_one_tower_in_two_layouts(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({f"conditioner.embedders.0.transformer.text_model.{k}": v for k, v in renamed.items()}, file)
     theirs = CLIPTextEmbedder({**CLIP, "hidden_act": "gelu"}, file).eval()
-    ids = ours.tokenize(PROMPTS)
+    ids = ours.ids(PROMPTS)
     expected, tokens = ours.encode(ids)["tokens"], theirs.encode(ids)["tokens"]
     assert torch.allclose(tokens, expected, atol=1e-5)
 
@@ -87,6 +87,17 @@ def test_t5_needs_no_tokenizer_to_say_nothing_and_says_what_it_needs_for_more():
     assert torch.allclose(null["cross_attention"].tensor, made.encode(torch.tensor([[1, 0, 0, 0, 0, 0]]))["tokens"])
     with pytest.raises(ValueError, match=r"as token ids \(B, n\) that end in 1. Or give tokenizer: FOLDER"):
         made(PROMPTS)
+
+
+def test_t5_prompts_are_cut_and_padded_as_transformers_does(tmp_path):
+    tokens = save_tokenizer(tmp_path, ["a", "cat", "on", "mat"])
+    prompts = ["a cat", "a cat on a mat on a mat", "a cat on a mat"]
+    theirs = tokens(prompts, max_length=6, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+    made = T5TextEmbedder(T5, length=6, tokenizer=tmp_path)
+    with pytest.warns(UserWarning, match="T5TextEmbedder: .* 6 tokens and a prompt has 9; it is cut before 'on a mat'"):
+        assert torch.equal(made.ids(prompts), theirs)
+    with pytest.warns(UserWarning, match="CLIPTextEmbedder: .* 16 tokens and a prompt has 20; .* 'cat cat cat cat'"):
+        assert clip().ids(["cat " * 18])[0].tolist() == [49406, *[2368] * 14, 49407]
 
 
 def test_t5_weights_come_from_a_file(tmp_path):

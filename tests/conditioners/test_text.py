@@ -1,7 +1,10 @@
 """Text embedders: one embedding per prompt whatever is around it, its null, its mask, and what is remembered."""
 
+import warnings
+
 import pytest
 import torch
+from peers import peer
 
 from vdiff.conditioners import EmbedderConditioner, Embedding, OpenCLIPTextEmbedder
 from vdiff.mixins import LoRA
@@ -143,13 +146,31 @@ def test_a_template_goes_around_prompts_and_not_around_nothing():
 
 def test_token_ids_are_prompts_too():
     made = embedder()
-    ids = made.tokenize(PROMPTS)
+    ids = made.ids(PROMPTS)
     assert torch.equal(tokens(made, ids), tokens(made))
     assert torch.equal(tokens(made, ids[:, :8]), tokens(made))  # padded
     with pytest.raises(ValueError, match="whole token ids"):
         made(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="13 token ids in a row; this tower reads 12"):
         made(torch.zeros(2, 13, dtype=torch.long))
+
+
+LONG = "a photo of a very small cat on a red mat in front of a house"
+
+
+def test_long_prompts_are_cut_as_open_clip_cuts_and_said_once():
+    made, tokenizer = embedder(), peer("open_clip").tokenizer.SimpleTokenizer()
+    with pytest.warns(UserWarning, match="reads 12 tokens and a prompt has 18; it is cut before 'mat in front of a h"):
+        ids = made.ids(["a cat", LONG, "", LONG.upper()])
+    assert torch.equal(ids, tokenizer(["a cat", LONG, "", LONG], context_length=12))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.ids([LONG])
+        embedder().ids(["a photo of a very small cat on a red"])  # ten words, a beginning and an end
+    with pytest.warns(UserWarning, match="cut before 'red mat"):
+        embedder(template="oh {}").ids([LONG])
+    with pytest.warns(UserWarning, match=f"cut before '{'x' * 20}"):  # one word without end
+        embedder().ids(["x" * 300])
 
 
 def test_a_prompt_alone_is_not_a_list_of_letters():

@@ -6,7 +6,7 @@ import numpy as np
 import pages
 import pytest
 import torch
-from peers import peer
+from peers import peer, save_tokenizer
 from PIL import Image
 
 from vdiff.data import Loader
@@ -50,12 +50,7 @@ def folder(tmp_path):
         frames = [Image.fromarray(np.roll(still, t, 1)) for t in range(6)]
         save_film(frames, tmp_path / "clips" / f"{i}.mp4", 8)
         (tmp_path / "clips" / f"{i}.txt").write_text("a cat walks")
-    transformers, tokenizers = peer("transformers"), peer("tokenizers")
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "</s>": 1, "a": 2, "cat": 3}, "a"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    words.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
-    made.save_pretrained(tmp_path / "CogVideoX-5b-I2V" / "tokenizer")
+    save_tokenizer(tmp_path / "CogVideoX-5b-I2V" / "tokenizer", ["a", "cat", "walks"])
     return tmp_path
 
 

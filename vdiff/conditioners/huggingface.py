@@ -89,9 +89,8 @@ class CLIPTextEmbedder(TextEmbedder, name="clip_text"):
     def identity(self) -> str:
         return f"{super().identity()} norm {self.norm}"
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        ids = open_clip_tokens(prompts, self.length)
-        return torch.where(self.counts(ids), ids, self.pad_id)
+    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
+        return open_clip_tokens(prompts)
 
     def encode(self, ids: Tensor) -> dict[str, Tensor]:
         wants_hidden = self.layer == "penultimate" or not self.norm
@@ -168,17 +167,15 @@ class T5TextEmbedder(TextEmbedder, name="t5_text"):
     def identity(self) -> str:
         return f"{super().identity()} masked {self.masked}"
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         if not any(prompts):  # no tokenizer is needed to say nothing
-            return torch.tensor([[self.end_id] + [self.pad_id] * (self.length - 1)]).repeat(len(prompts), 1)
+            return [[self.end_id] for _ in prompts]
         if self.tokenizer is None:
             raise ValueError(
                 "T5TextEmbedder: no tokenizer is at hand, so prompts must come as token ids (B, n) that end in 1. Or "
                 "give tokenizer: FOLDER, with the tokenizer's files of that T5."
             )
-        tokens = _tokenizer(self.tokenizer)
-        made = tokens(list(prompts), max_length=self.length, padding="max_length", truncation=True, return_tensors="pt")
-        return made["input_ids"]
+        return _tokenizer(self.tokenizer)(list(prompts), verbose=False)["input_ids"]  # whole, and without its warning
 
     def encode(self, ids: Tensor) -> dict[str, Tensor]:
         # Without a mask the original attends to the padding as well; transformers would do the same.

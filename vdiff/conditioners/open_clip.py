@@ -101,8 +101,8 @@ class OpenCLIPTextEmbedder(TextEmbedder, name="open_clip_text"):
             idle += [f"model.transformer.resblocks.{last}.*"] if self.layer == "penultimate" else []
         return idle
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        return open_clip_tokens(prompts, self.length)
+    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
+        return open_clip_tokens(prompts)
 
     def encode(self, ids: Tensor) -> dict[str, Tensor]:
         model, blocks = self.model, self.model.transformer.resblocks
@@ -135,9 +135,10 @@ class OpenCLIPTextEmbedder(TextEmbedder, name="open_clip_text"):
         return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
 
-def open_clip_tokens(prompts: Sequence[str], length: int) -> Tensor:
-    """Token ids ``(B, length)`` of open_clip's tokenizer: start, text, end, then zeros; long prompts are cut."""
-    return _tokenizer()(list(prompts), context_length=length)
+def open_clip_tokens(prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt by open_clip's tokenizer: start, text, end."""
+    tokens = _tokenizer()
+    return [[tokens.sot_token_id, *tokens.encode(prompt), tokens.eot_token_id] for prompt in prompts]
 
 
 @lru_cache(maxsize=1)

@@ -8,8 +8,10 @@ embeddings are remembered. A tower that trains encodes the different prompts of 
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +32,8 @@ TOGETHER = 8  # prompts that a frozen tower encodes at once; few enough for one 
 
 class TextEmbedder(Embedder, abstract=True):
     """Prompts, ``B`` strings, or token ids ``(B, length)`` -> tokens, and one pooled vector if wanted.
+
+    What of a prompt is beyond ``length`` tokens is cut off; the first that is cut gives a warning.
 
     Args:
         reads, drop: See :class:`Embedder`.
@@ -74,14 +78,14 @@ class TextEmbedder(Embedder, abstract=True):
         self.pooled_feeds, self.layer, self.masked, self.template = pooled_feeds, layer, masked, template
         self.trainable = trainable
         self.remembered = EmbeddingMemory(memory, folder)
-        self.is_random = False
+        self.is_random = self.has_cut = False
         self.register_load_state_dict_post_hook(_weights_came)
 
     # What a tower brings -------------------------------------------------------------------------
 
     @abstractmethod
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids ``(B, length)`` on the host."""
+    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt, whole: what begins it, if anything, the text, and ``end_id``."""
 
     @abstractmethod
     def encode(self, ids: Tensor) -> dict[str, Tensor]:
@@ -169,11 +173,22 @@ class TextEmbedder(Embedder, abstract=True):
                 f"{type(self).__name__}: {self.reads} holds one string per row, such as ['a cat']; got {value!r:.100}."
             )
         prompts = [self.template.replace("{}", prompt) if prompt else "" for prompt in value]
-        return tokenize_around(new_words(self.tower), prompts, self.tokenize, self.end_id, self.pad_id)
+        rows = self._whole(prompts)
+        self._say_if_cut(prompts, rows)
+        return self._fitted(rows)
 
     def empty_ids(self) -> Tensor:
         """Token ids of the empty prompt, ``(1, length)``."""
-        return self.tokenize([""])
+        return self._fitted(self.tokenize([""]))
+
+    def _whole(self, prompts: Sequence[str]) -> list[list[int]]:
+        return tokenize_around(new_words(self.tower), prompts, self.tokenize)
+
+    def _fitted(self, rows: Sequence[list[int]]) -> Tensor:
+        """Rows of token ids, each cut or padded to ``(B, length)``."""
+        last = self.length - 1
+        cut = [row if len(row) <= self.length else [*row[:last], self.end_id] for row in rows]
+        return torch.tensor([row + [self.pad_id] * (self.length - len(row)) for row in cut], device="cpu")
 
     def parse(self, word: str) -> str:
         return word
@@ -255,6 +270,20 @@ class TextEmbedder(Embedder, abstract=True):
                 "it learns from scratch" if not self.is_frozen else "its embeddings mean nothing; give weights: FILE"
             )
             warnings.warn(f"{type(self).__name__}: {self.what} has random weights: {advice}.", stacklevel=2)
+
+    def _say_if_cut(self, prompts: Sequence[str], rows: Sequence[list[int]]) -> None:
+        long = [i for i, row in enumerate(rows) if len(row) > self.length]
+        if self.has_cut or not long:
+            return
+        self.has_cut, prompt = True, prompts[long[0]]
+        ends = [word.end() for word in re.finditer(r"\S{1,20}", prompt)]
+        num_kept = bisect_right(ends, self.length, key=lambda end: len(self._whole([prompt[:end]])[0]))
+        lost = prompt[ends[num_kept - 1] if num_kept else 0 :].strip()
+        warnings.warn(
+            f"{type(self).__name__}: this tower reads {self.length} tokens and a prompt has {len(rows[long[0]])}; it "
+            f"is cut before {lost[:60]!r}. Others may be cut too, and are not named.",
+            stacklevel=2,
+        )
 
 
 def _weights_came(embedder: nn.Module, keys: Any) -> None:
