@@ -52,13 +52,14 @@ class Witness:
 _CHANGED = (
     "A checkpointed module with mixins ({}) is recomputed in backward, but not in the one state in which it ran "
     "forward: a scale, gate, partner or switch was changed in between, or it ran in several, or what a mixin further "
-    "out had worked out for it in that call (a ControlNet from its hint) is gone. The gradient would be wrong. Checkpoint through vdiff.hooks.checkpoint(..., module=...), which restores the state, or keep it (and "
-    "`with routed(...)`) unchanged until backward is done. Reentrant checkpointing is not supported."
+    "out had worked out for it in that call (a ControlNet from its hint) is gone. The gradient would be wrong. "
+    "Checkpoint through vdiff.hooks.checkpoint(..., module=...), which restores the state, or keep it (and `with "
+    "routed(...)`) unchanged until backward is done. Reentrant checkpointing is not supported."
 )
 
 
 def _fingerprint(port: Port) -> list[tuple]:
-    # Of what was given only whether it was: it is gone after the call, and another one where the whole call is repeated.
+    # Of what was given only whether it was: after the call it is gone, and a call that is repeated whole gives it anew.
     return [
         (name, part.strength, _Same.of(part.gate), _Same.of(part.partners), part.given is None)
         if part.enabled
