@@ -6,6 +6,7 @@ from vdiff.hooks.port import PORT, Part, Port, accepts, attached, describe, is_p
 from vdiff.hooks.recompute import checkpoint
 from vdiff.hooks.routing import routed
 from vdiff.hooks.rows import check_partners, expand_gate, expand_partners
+from vdiff.hooks.stand_in import Same, move_stand_ins, own, stand_down, stand_in
 from vdiff.hooks.witness import refuse_in_backward
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "On",
     "Part",
     "Port",
+    "Same",
     "accepts",
     "attached",
     "bare_copy",
@@ -25,10 +27,14 @@ __all__ = [
     "is_port_key",
     "match",
     "parts",
+    "move_stand_ins",
+    "own",
     "ports",
     "refuse_in_backward",
     "remove",
     "role_sites",
     "routed",
+    "stand_down",
+    "stand_in",
     "within",
 ]

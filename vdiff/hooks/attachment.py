@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from vdiff.hooks.port import PORT, Part, Port, ports
+from vdiff.hooks.stand_in import stand_down
 
 
 def insert(sites: Iterable[tuple[str, nn.Module, Part]], who: str) -> None:
@@ -49,11 +50,12 @@ def remove(sites: Iterable[tuple[nn.Module, Part]]) -> None:
 
 
 def bare_copy(module: nn.Module, replaced: Mapping[nn.Module, nn.Module] | None = None) -> Any:  # noqa: ANN401
-    """A deep copy without what is attached, and of some modules inside not a copy but something else."""
+    """A deep copy without what is attached or merged, and of some modules inside not a copy but something else."""
     memo: dict[int, Any] = {id(old): new for old, new in (replaced or {}).items()}
     memo |= {id(port): Port() for port in ports(module)}
     copied = deepcopy(module, memo)
     for host in copied.modules():
+        stand_down(host)
         port = host._modules.pop(PORT, None)
         for table in (host._forward_pre_hooks, host._forward_hooks) if port is not None else ():
             for key in [key for key, hook in table.items() if getattr(hook, "__self__", None) is port]:

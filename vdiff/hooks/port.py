@@ -98,9 +98,10 @@ class Part(nn.Module):
         self.strength = float(value)
         self.scale.fill_(self.strength * self.unit)
 
-    def stands_for(self) -> dict[str, Tensor]:
-        """Weights of the host, by name, that the part has replaced for now and that belong in a file instead."""
-        return {}
+    @property
+    def is_merged(self) -> bool:
+        """Whether it is in the weights of its host now, rather than beside them."""
+        return False
 
     def reset_parameters(self) -> None:
         """Start again, as after ``to_empty``. Parts with weights draw them here and call ``super()``."""
@@ -144,16 +145,9 @@ class Port(nn.ModuleDict):
                 output = part.after(module, args, kwargs, output)
         return output
 
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        # Called after the host has put its own weights there.
-        host = prefix.removesuffix(f"{PORT}.")
-        for part in self.values():
-            destination.update({host + name: value for name, value in part.stands_for().items()})
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         for name, part in self.items():
-            if part.stands_for():
+            if part.is_merged:
                 args[-1].append(f"{prefix}{name} is merged into the weights of its host; unmerge() it before loading.")
         # A file of the plain host says nothing about attachments: they stay as they are, in strict mode too.
         if not any(key.startswith(prefix) for key in state_dict):

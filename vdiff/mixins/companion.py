@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from vdiff.checkpoints import load_into, read_run_weights, read_weights
-from vdiff.hooks import PORT, On, Part, Port, is_port_key, parts, ports, remove
+from vdiff.hooks import On, Part, bare_copy, is_port_key, parts, ports
 from vdiff.mixins.base import Mixin
 from vdiff.networks import in_eval
 from vdiff.process import Prediction
@@ -122,7 +122,7 @@ class Companion(Mixin, abstract=True):
                 f"{who}: {self.file} holds weights of mixins. Attach its mixin and use source: adapter, or merge it "
                 "into the weights first."
             )
-        plain = _plain(_copied(module))
+        plain = bare_copy(module)
         load_into(plain, tensors, where=f"{who}: {self.file}")
         return plain
 
@@ -192,7 +192,7 @@ class CompanionPart(Part):
         if self._held or self.source == "copy":
             self._is_checked = True
             return
-        merged = next((part.mixin_name for part in others if getattr(part, "is_merged", False)), None)
+        merged = next((part.mixin_name for part in others if part.is_merged), None)
         if merged is not None:
             raise ValueError(f"{who}: {merged!r} is merged into the weights, so it cannot be off. Unmerge it first.")
         if self.source == "adapter":
@@ -252,13 +252,6 @@ def _copied(module: nn.Module, own: Part | None = None) -> nn.Module:
         for name in [name for name, part in port.items() if part is own]:
             del port._modules[name]
     return copied
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    """Without its mixins."""
-    touched = [(host, host._modules.get(PORT)) for host in module.modules()]
-    remove([(host, part) for host, port in touched if isinstance(port, Port) for part in port.values()])
-    return module
 
 
 def _device(module: nn.Module) -> torch.device | None:
