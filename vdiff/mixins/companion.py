@@ -21,7 +21,7 @@ from vdiff.checkpoints import load_into, read_run_weights, read_weights
 from vdiff.hooks import On, Part, bare_copy, is_port_key, parts, ports
 from vdiff.mixins.base import Mixin
 from vdiff.networks import in_eval
-from vdiff.process import Prediction
+from vdiff.process import Conditioning, Prediction
 
 Source = Literal["mixins_off", "copy", "adapter", "checkpoint"]
 SOURCES: tuple[str, ...] = get_args(Source)
@@ -40,7 +40,8 @@ class Companion(Mixin, abstract=True):
       is made at the first call, unless :meth:`begin` was called before.
     - ``checkpoint``: a frozen copy with the weights of ``file``, read when it is attached.
 
-    It runs without gradient and in eval mode. A copy is outside the module tree, so in no optimizer, average,
+    It is asked with the conditions that the denoiser got, so what makes those must be frozen as well. It runs without
+    gradient and in eval mode. A copy is outside the module tree, so in no optimizer, average,
     checkpoint or ``train()``. It goes to the denoiser's device when it is asked, and is compiled with the engine if
     it exists by then.
 
@@ -168,7 +169,7 @@ class CompanionPart(Part):
                 companion.to(place)
             yield companion.forward
 
-    def checked(self, module: nn.Module, output: Any) -> Prediction:
+    def checked(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Prediction:
         """The denoiser's answer; looks once, at the first call that trains, whether the companion stands still.
 
         Raises:
@@ -183,15 +184,29 @@ class CompanionPart(Part):
             )
         is_trained = module.training and torch.is_grad_enabled()
         if is_trained and not self._is_checked and not torch.compiler.is_compiling():
-            self._check(module)
+            self._check_conditions(args[2] if len(args) > 2 else kwargs.get("cond"))
+            if not self._held and self.source != "copy":
+                self._check_mixins(module)
+            self._is_checked = True
         return output
 
-    def _check(self, module: nn.Module) -> None:
+    def _check_conditions(self, cond: Conditioning | None) -> None:
+        """The companion is asked with the very conditions of the model that is trained."""
+        who, noun, trained = self.words
+        while cond is not None:
+            if name := next((name for name, value in cond.tensors.items() if value.requires_grad), None):
+                raise ValueError(
+                    f"{who}: the condition {name!r} asks for a gradient, so something in the conditioner is trained, "
+                    f"and the {noun}, which is told the same, would move with the {trained}. Train below the denoiser "
+                    "alone (training.train: [{on: denoiser}], or its mixins), or freeze it "
+                    "(engine.conditioner.requires_grad_(False))."
+                )
+            cond = cond.null
+
+    def _check_mixins(self, module: nn.Module) -> None:
+        """The companion is the denoiser itself, with some of its mixins off."""
         who, noun, trained = self.words
         others = [part for part in parts(module) if part is not self]
-        if self._held or self.source == "copy":
-            self._is_checked = True
-            return
         merged = next((part.mixin_name for part in others if part.is_merged), None)
         if merged is not None:
             raise ValueError(f"{who}: {merged!r} is merged into the weights, so it cannot be off. Unmerge it first.")
@@ -219,7 +234,6 @@ class CompanionPart(Part):
                 f"they are trained, the {noun} moves with the {trained}. Train mixins only, or use source: copy.",
                 stacklevel=2,
             )
-        self._is_checked = True
 
     def extra_repr(self) -> str:
         mixin = self.mixin
