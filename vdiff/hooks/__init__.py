@@ -2,7 +2,7 @@
 
 from vdiff.hooks.attachment import bare_copy, insert, remove
 from vdiff.hooks.matching import On, match, role_sites
-from vdiff.hooks.port import PORT, Part, Port, accepts, attached, describe, is_port_key, parts, ports, within
+from vdiff.hooks.port import PORT, Part, Port, accepts, attached, bringer, describe, is_port_key, parts, ports, within
 from vdiff.hooks.recompute import checkpoint
 from vdiff.hooks.routing import routed
 from vdiff.hooks.rows import check_partners, expand_gate, expand_partners
@@ -18,6 +18,7 @@ __all__ = [
     "accepts",
     "attached",
     "bare_copy",
+    "bringer",
     "check_partners",
     "checkpoint",
     "describe",

@@ -34,6 +34,7 @@ def insert(sites: Iterable[tuple[str, nn.Module, Part]], who: str) -> None:
         port.add_module(part.mixin_name, part.train(host.training))
         if part.is_outermost:
             port._modules = {part.mixin_name: part} | port._modules
+        port._modules = dict(sorted(port._modules.items(), key=lambda item: item[1].is_innermost))
         _register(host, port)
     _forget_compiled()
 

@@ -147,7 +147,11 @@ class ControlNetPart(ConditionedPart):
 
 
 class AddsToSkip(Part):
-    """At a block of a decoder, which is called with the stream and a skip as one: the skip's channels are the last."""
+    """At a block of a decoder, which is called with the stream and a skip as one: the skip's channels are the last.
+
+    What is added is part of the skip for whatever else changes it, as FreeU does."""
+
+    is_outermost = True
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if self.given is None:
