@@ -22,7 +22,7 @@ def insert(sites: Iterable[tuple[str, nn.Module, Part]], who: str) -> None:
 
     Raises:
         ValueError: a host is never called, is wrapped for several devices, holds a part of that name
-            already, or holds another part that replaces its output.
+            already, or holds another part that replaces its output or is innermost as well.
     """
     sites = list(sites)
     for site, host, part in sites:
@@ -104,6 +104,11 @@ def _check(site: str, host: nn.Module, part: Part, who: str) -> None:
         raise ValueError(
             f"{where}: {rival.mixin_name!r} and {part.mixin_name!r} both replace what this module does. "
             "Keep one of them, or give one an `on` that leaves this module out."
+        )
+    if part.is_innermost and (rival := next((other for other in port.values() if other.is_innermost), None)):
+        raise ValueError(
+            f"{where}: {rival.mixin_name!r} and {part.mixin_name!r} both change the shape of what it is given, each "
+            "next to it. Keep one of them, or give one an `on` that leaves this module out."
         )
 
 
