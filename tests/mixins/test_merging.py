@@ -224,11 +224,13 @@ def test_a_copied_encoder_is_one_of_the_own_weights():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merging_under_autocast_is_as_exact_as_without(kind):
-    net, _ = chain(nn.Linear(16, 16))
+def test_merging_under_autocast_is_as_exact_as_without_and_outlasts_inference(kind):
+    net, x = chain(nn.Linear(4, 4))
     one = stir(KINDS[kind](on="0").attach(net))
     wanted = one.merge() and net[0].weight.clone()
     one.unmerge()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         one.merge()
     assert torch.equal(net[0].weight, wanted)
+    net(x.requires_grad_()).sum().backward()
+    torch.testing.assert_close(x.grad, wanted.sum(0).expand_as(x))

@@ -36,8 +36,8 @@ class ControlNet(Mixin, name="controlnet"):
     nothing. What it says is added to the skips and to the middle's output, never to the encoder itself. Several of
     them are several mixins, each under a name and with a condition of its own; what they say adds up.
 
-    The copy is of the host's dtype, unlike a LoRA: on a host in bfloat16 an optimizer would round every small step away.
-    To train, attach to a host in float32, and let the trainer's precision or autocast compute in bfloat16.
+    The copy is of the host's dtype, unlike a LoRA: on a host in bfloat16 an optimizer would round small steps away. To
+    train, attach to a host in float32, and let the trainer's precision or autocast compute in bfloat16.
 
     Args:
         reads: The condition that holds the hint, ``(B, hint_channels, f H, f W)`` for an ``(H, W)`` of the network,

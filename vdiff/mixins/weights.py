@@ -235,14 +235,14 @@ def _merged_at(module: nn.Module) -> list[WeightPart]:
     return [part for part in module._modules[PORT].values() if isinstance(part, WeightPart) and part.is_merged]  # type: ignore[union-attr]
 
 
-@torch.no_grad()
 def _merge(module: nn.Module, parts: list[WeightPart]) -> None:
     """The weight and all changes, each of that weight, summed in float32 at least and rounded once."""
     stand_down(module)
     if not parts:
         return
     weight = own(module)
-    with torch.autocast(weight.device.type, enabled=False):  # which would round the changes
+    # Whatever surrounds it: autocast would round the changes, and what inference makes is of no use after it.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         for part in parts:
             total += part.scale.to(total.dtype) * part.delta(weight).to(total.dtype)
