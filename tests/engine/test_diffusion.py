@@ -250,7 +250,7 @@ def test_mixins_attach_in_order_and_come_off_bit_for_bit(loader):
 def test_dpo_starts_at_ln_2(loader):
     """A reference that is the same weights with mixins off: at step 0 policy and reference agree."""
     engine = make(mixins={"lora": LoRA(rank=2, on="*.qkv"), "ref": RefModel()})
-    engine.train()
+    engine.train().conditioner.requires_grad_(False)
     batch = rows(loader.batch(0), [0, 1, 2, 3])
     pair = batch | {"noise_key": torch.tensor([0, 0, 1, 1]), "position": torch.tensor([0, 0, 1, 1])}
 
@@ -274,7 +274,7 @@ def test_compiled_with_a_reference_there_are_two_graphs(loader):
     torch._dynamo.reset()
     counter = CompileCounter()
     engine = make(mixins={"lora": LoRA(rank=2, on="*.qkv"), "ref": RefModel()})
-    engine.conditioner.eval()
+    engine.conditioner.eval().requires_grad_(False)
     want = engine(loader.batch(0)).per_row
     engine.compile(backend=counter, fullgraph=True)
     for step in range(3):

@@ -146,6 +146,18 @@ def test_two_that_replace_are_an_error_that_names_both():
     insert([("", layer, named("third", Plus()))], "test")  # adding to it is fine
 
 
+def test_two_that_are_innermost_are_an_error_that_names_both_and_one_stays_last():
+    class Merges(Plus):
+        is_innermost = True
+
+    layer = nn.Linear(3, 3)
+    insert([("", layer, named("first", Merges()))], "test")
+    with pytest.raises(ValueError, match="'first' and 'second' both change the shape"):
+        insert([("", layer, named("second", Merges()))], "test")
+    insert([("", layer, named("third", Plus()))], "test")
+    assert list(layer._port) == ["third", "first"]
+
+
 def test_inserting_is_all_or_nothing():
     good, bad = nn.Linear(3, 3), nn.ModuleList()
     before = residue(good)

@@ -239,3 +239,51 @@ def test_blocks_compiled_inside_our_checkpoint_are_compiled_once(net):
         for a, b in zip(net.parameters(), true, strict=True):
             torch.testing.assert_close(a.grad, b)
     assert counter.frame_count == 1
+
+
+class Outer(Part):
+    """Works something out of the whole call, for a part further in."""
+
+    def __init__(self, hand):
+        super().__init__()
+        self.mixin_name, self.hand = "outer", [hand]
+
+    def before(self, module, args, kwargs):
+        self.hand[0].given = args[0].square()
+        return args, kwargs
+
+    def after(self, module, args, kwargs, output):
+        self.hand[0].given = None
+        return output
+
+
+class Inner(Part):
+    def __init__(self):
+        super().__init__()
+        self.mixin_name = "inner"
+
+    def before(self, module, args, kwargs):
+        return (args if self.given is None else (args[0] + self.given,)), kwargs
+
+
+@pytest.mark.parametrize("place", ["inside", "whole"])
+def test_what_was_given_for_a_call_is_there_when_it_is_repeated_or_it_is_an_error(place):
+    net, x, hand = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double(), torch.randn(4, 3, dtype=torch.float64), Inner()
+    insert([("", net, Outer(hand)), ("", net[0], hand)], "test")
+    (true,) = torch.autograd.grad(net(x).square().sum(), net[0].weight)
+    if place == "whole":  # the second run works it out again
+        loss = foreign(net, x, use_reentrant=False).square().sum()
+        torch.testing.assert_close(torch.autograd.grad(loss, net[0].weight), (true,), rtol=1e-12, atol=1e-12)
+        return
+    net[0] = Foreign(net[0])
+    with pytest.raises(RuntimeError, match="worked out for it"):
+        net(x).square().sum().backward()
+
+
+class Foreign(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return foreign(self.inner, x, use_reentrant=False)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vdiff.losses import ConsistencyLoss, HuberLoss, MSELoss
+from vdiff.losses import ConsistencyLoss, MSELoss
 from vdiff.process import CosineSchedule, FlowSchedule, Prediction, ZeroSNRSchedule, parameterization
 from vdiff.registry import build
 
@@ -35,15 +35,13 @@ def test_it_is_the_pseudo_huber_distance_of_improved_consistency_training():
     torch.testing.assert_close(got, (((norm**2 + c**2).sqrt() - c) / math.sqrt(n)).detach().float(), check_dtype=True)
 
 
-def test_it_is_the_huber_loss_of_latent_consistency_models_but_for_a_factor():
-    """mean(sqrt(d^2 + c^2) - c) with c = 0.001; ours is 2 c times as large, as every Huber loss here."""
+@pytest.mark.parametrize("like, factor", [("distance", 1.0), ("square", 2 * 0.001)])
+def test_it_is_the_huber_loss_of_latent_consistency_models(like, factor):
+    """mean(sqrt(d^2 + c^2) - c) with c = 0.001, as the script of arXiv:2310.04378 has it."""
     prediction, level, d = problem()
-    want = 2 * 0.001 * ((d**2 + 0.001**2).sqrt() - 0.001).flatten(1).mean(1)
-    loss = build(
-        {"type": "consistency", "huber": None, "error": {"type": "huber", "delta": 0.001, "parameterization": "x0"}},
-        "loss",
-    )
-    assert isinstance(loss.error, HuberLoss)
+    want = factor * ((d**2 + 0.001**2).sqrt() - 0.001).flatten(1).mean(1)
+    error = {"type": "huber", "delta": 0.001, "like": like, "parameterization": "x0"}
+    loss = build({"type": "consistency", "huber": None, "error": error}, "loss")
     torch.testing.assert_close(loss_of(loss, prediction, level).per_row, want.detach().float())
 
 

@@ -358,6 +358,26 @@ def test_weights_of_another_rank_or_other_sites_change_nothing():
     assert list(net.state_dict()) == keys
 
 
+def test_some_weights_wait_for_the_host_with_the_others_new_or_as_they_were():
+    net = unet()
+    some = {n: v + 1 for n, v in LoRA(rank=2).attach(unet()).state_dict().items() if "attn1" in n} | {
+        "gone.A": torch.ones(1)
+    }
+    new = LoRA(rank=2)
+    new.load_state_dict(some, strict=False)
+    state = new.attach(net).state_dict()
+    assert len(state) > len(some) and all(torch.equal(state[n], v) for n, v in some.items() if n != "gone.A")
+    state = {name: value.clone() for name, value in stir(new).state_dict().items()}
+    new.detach()
+    new.load_state_dict(some, strict=False)
+    new.attach(net)
+    assert all(torch.equal(value, some.get(name, state[name])) for name, value in new.state_dict().items())
+    new.detach()  # whose weights are whole again
+    new.load_state_dict(some)
+    with pytest.raises(ValueError, match="is missing"):
+        new.attach(net)
+
+
 @pytest.mark.parametrize(
     "change, text",
     [

@@ -9,8 +9,8 @@ from peers import peer
 from torch import nn
 
 from vdiff.checkpoints import read_weights
-from vdiff.hooks import attached, checkpoint
-from vdiff.mixins import FreeU, LoRA, Record, TokenMerging
+from vdiff.hooks import attached, checkpoint, routed
+from vdiff.mixins import PAG, SEG, ControlNet, FreeU, JointAttention, LoRA, Record, TokenMerging
 from vdiff.mixins.comparison import compare, linear_cka, samples
 from vdiff.mixins.controlnet import skip_widths
 from vdiff.mixins.freeu import filtered
@@ -248,6 +248,41 @@ def test_what_cannot_be_merged_is_refused():
         TokenMerging().attach(UNet(1, 1, 8, (1, 2), 1, (2,), num_heads=2, norm_groups=4))
 
 
+OTHERS = {
+    "pag": (PAG, {"gates": {"pag": torch.ones(2)}}),
+    "joint": (JointAttention, {"partners": torch.tensor([1, 0])}),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_is_attached_beside_it_acts_among_merged_tokens_whatever_the_order(other):
+    make, said = OTHERS[other]
+    (x, c_noise, cond), given = inputs(), []
+    cond = cond.with_(**said)
+    torch.manual_seed(3)
+    host = unet()
+    for is_first in (True, False):
+        net = copy.deepcopy(host)
+        mixins = [TokenMerging(0.5), make(name=other)]
+        for mixin in mixins if is_first else mixins[::-1]:
+            mixin.attach(net)
+        for parameter in mixins[1].parameters():
+            nn.init.eye_(parameter)
+        with routed(net, cond, 2):
+            given.append(net(x, c_noise, cond))
+    assert torch.equal(*given) and not torch.allclose(given[0], host(x, c_noise, cond), atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [TokenMerging, JointAttention])
+def test_who_brings_a_context_that_is_refused_is_named(make):
+    net, (x, c_noise, cond) = unet(), inputs()
+    make().attach(net)
+    SEG(name="blur").attach(net)
+    cond = cond.with_(gates={"blur": torch.ones(2)}, partners=torch.tensor([1, 0]))
+    with routed(net, cond, 2), pytest.raises(ValueError, match="'blur', attached .* brings"):
+        net(x, c_noise, cond)
+
+
 # FreeU --------------------------------------------------------------------------------------------
 
 
@@ -288,7 +323,8 @@ def test_the_decoder_gets_what_diffusers_would_give_it():
     assert torch.equal(net(x, c_noise, cond), plain)
 
 
-def test_the_whole_network_says_what_diffusers_says_with_freeu():
+@pytest.mark.parametrize("order", [["freeu"], ["freeu", "control"], ["control", "freeu"]])
+def test_the_whole_network_says_what_diffusers_says_with_freeu(order):
     import sys
     from pathlib import Path
 
@@ -300,9 +336,17 @@ def test_the_whole_network_says_what_diffusers_says_with_freeu():
     base = diffusers.UNet2DConditionModel(**TWIN | FIRST | dict(attention_head_dim=4)).eval()
     base.load_state_dict(to_diffusers(net, per=2))
     base.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
-    FreeU((1.2, 1.4), (0.9, 0.2)).attach(net)
+    mixins = {"freeu": FreeU((1.2, 1.4), (0.9, 0.2)), "control": ControlNet(hint_factor=1, name="control")}
+    for name in order:
+        mixins[name].attach(net)
     x, c_noise, text = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 741.0]), torch.randn(2, 7, 16)
+    cond, added = Conditioning({"cross_attention": text}), {}
     with torch.no_grad():
-        want = base(x, c_noise, text).sample
-        ours = net(x, c_noise, Conditioning({"cross_attention": text}))
-    torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
+        if "control" in order:
+            cond = cond.with_(tensors={"cross_attention": text, "control": torch.rand(2, 3, 8, 8)})
+            *skips, middle = stirred(net._port["control"], 0.1).said(cond["control"], x, c_noise, cond)
+            assert middle.std() > 0.1  # it has something to say
+            added = {"down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": middle}
+        want = base(x, c_noise, text, **added).sample
+        ours = net(x, c_noise, cond)
+    torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4)

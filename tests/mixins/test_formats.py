@@ -161,6 +161,29 @@ def test_we_read_pefts_and_say_the_same(kind, tmp_path):
     torch.testing.assert_close(plain(x), y, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_of_a_base_that_peft_changed_is_refused_until_it_is_a_plain_one(start, tmp_path):
+    peft = peer("peft")
+    torch.manual_seed(0)
+    net, x = Host(), torch.randn(2, 3, 6)
+    plain = copy.deepcopy(net)
+    theirs = peft.get_peft_model(
+        net, peft.LoraConfig(r=2, lora_alpha=5, target_modules=["m.a", "m.b"], init_lora_weights=start)
+    )
+    theirs.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter))
+    y = theirs(x)
+    theirs.save_pretrained(tmp_path / "residual")
+    with pytest.raises(WeightFileError, match="path_initial_model_for_weight_conversion"):
+        load_adapter(tmp_path / "residual", plain)
+    theirs.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    load_adapter(tmp_path / "plain", plain).attach(plain)
+    torch.testing.assert_close(plain(x), y, rtol=1e-5, atol=1e-5)
+
+
 def test_an_embedding_is_that_of_peft(tmp_path):
     peft = peer("peft")
     net, x = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 2)), torch.randint(9, (2, 5))

@@ -137,6 +137,13 @@ def test_unfit_layers_are_named():
             LoRA(on=on).attach(net)
 
 
+def test_a_packed_weight_is_refused():
+    layer = nn.Linear(6, 4)
+    layer.weight = nn.Parameter(torch.zeros(12, 1, dtype=torch.uint8), requires_grad=False)  # as in 4 bits
+    with pytest.raises(ValueError, match=r"goes from 6 to 4, and its weight is \(12, 1\): packed"):
+        LoRA(on="0").attach(nn.Sequential(layer))
+
+
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"rank": {}}, {"rank": {"*": -1}}, {"dropout": 1.0}, {"rank": 2.5}])
 def test_wrong_arguments_are_refused(wrong):
     with pytest.raises(ValueError, match="LoRA: "):

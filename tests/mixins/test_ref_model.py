@@ -328,6 +328,21 @@ def test_compiled_with_a_copy_there_are_two_graphs():
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("source", ["copy", "mixins_off"])
+def test_a_reference_that_is_told_what_is_trained_is_refused(source):
+    denoiser, (x_t, level, cond) = make().train(), question()
+    denoiser.requires_grad_(False)
+    LoRA(rank=2).attach(denoiser)
+    RefModel(source=source).attach(denoiser)
+    name, value = next(iter(cond.tensors.items()))
+    moving = cond.with_(tensors={**cond.tensors, name: value.clone().requires_grad_()})
+    with pytest.raises(ValueError, match=rf"RefModel: the condition '{name}' asks for a gradient.*on: denoiser"):
+        denoiser(x_t, level, moving)
+    with pytest.raises(ValueError, match="asks for a gradient"):  # not once and then never again
+        denoiser(x_t, level, cond.with_(null=moving))
+    denoiser(x_t, level, cond)
+
+
 # A second adapter --------------------------------------------------------------------------------
 
 

@@ -304,7 +304,7 @@ def test_at_the_level_that_counts_as_data_the_student_returns_its_input(make_lev
 def engine(**teacher):
     torch.manual_seed(0)
     net = UNet(1, 1, 8, (1,), 1, (), num_heads=2, norm_groups=4, num_classes="sequential", vector_dim=4)
-    return DiffusionEngine(
+    made = DiffusionEngine(
         "image",
         VDenoiser(net, c_noise="time_1000"),
         CosineSchedule(),
@@ -314,6 +314,8 @@ def engine(**teacher):
         EmbedderConditioner([ClassLabelEmbedder(10, 4, drop=0.1)]),
         mixins={"consistency": Consistency(), "teacher": Teacher(**teacher)},
     )
+    made.conditioner.requires_grad_(False)  # the conditions are the teacher's as well
+    return made
 
 
 def trained(run, num_steps, ema=True, **teacher):
@@ -345,12 +347,6 @@ def test_the_teacher_is_in_no_optimizer_average_or_checkpoint_and_the_average_ma
         trained(tmp_path / "none", 1, ema=False, target="ema")
 
 
-class WithLayer(nn.Sequential):
-    def __init__(self, table):
-        super().__init__(table, nn.Linear(4, 4))
-        self.weight = table.weight
-
-
 def lent(student, is_moved):
     """An average of all parameters; moved, it is another one than the student."""
     ema = EMA(0.9)
@@ -378,23 +374,17 @@ def test_under_autocast_the_student_is_trained_at_its_own_weights():
     assert torch.equal(second_target, target)  # and not the student's, though autocast holds casts of its weights
 
 
-def test_a_trained_conditioner_has_the_gradient_of_a_step_without_an_average():
-    """Its weights are swapped after its forward and back before its backward; here the average is the student."""
-    batch, grads = Loader(Digits("test"), 4).batch(0), []
-    for target in ("student", "ema"):
-        student = engine(target=target).train()
-        (embedder,) = student.conditioner.embedders
-        embedder.null_kind, embedder.table = "zero", WithLayer(embedder.table)  # autograd keeps weights of the layer
-        for parameter in student.parameters():
-            if not parameter.any():
-                nn.init.constant_(parameter, 0.1)
-        with lent(student, is_moved=False):
-            student(batch).per_row.mean().backward()
-        grads.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
-    assert any(name.startswith("conditioner.") and grad.any() for name, grad in grads[0].items())
-    assert grads[0].keys() == grads[1].keys()
-    for name, grad in grads[0].items():
-        assert torch.equal(grads[1][name], grad), name
+@pytest.mark.parametrize("source", ["copy", "mixins_off"])
+def test_a_teacher_that_is_told_what_is_trained_is_refused(source):
+    student, batch = engine(source=source), Loader(Digits("test"), 4).batch(0)
+    LoRA(rank=1, on="*.time_embed.0").attach(student.denoiser.requires_grad_(False))
+    student.conditioner.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"Teacher: the condition 'vector' asks for a gradient.*the teacher"):
+        student(batch)
+    with torch.no_grad():
+        student(batch)
+    student.conditioner.requires_grad_(False)
+    student(batch).per_row.mean().backward()
 
 
 def test_an_average_is_lent_for_the_run_and_no_longer(tmp_path):

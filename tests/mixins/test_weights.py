@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from vdiff.checkpoints import load_into
 from vdiff.hooks import PORT, checkpoint, routed
 from vdiff.mixins import DoRA, LoHa, LoKr, LoRA, load_mixin
 from vdiff.networks import DiT, UNet
@@ -73,7 +72,7 @@ def same(one, other):
 @pytest.mark.parametrize("mixin", MIXINS)
 def test_it_begins_as_nothing_acts_as_its_delta_and_comes_off(mixin, layer):
     make, draw = LAYERS[layer]
-    net, x = nn.Sequential(make()), draw()
+    net, x = nn.Sequential(make()).eval(), draw()
     y, before = net(x), weights(net)
     one = MIXINS[mixin]("0").attach(net)
     assert torch.equal(net(x), y)
@@ -155,6 +154,45 @@ def test_dora_scales_directions_and_its_norm_is_a_constant_to_the_gradient():
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("num", [2, 4])
+def test_dora_on_a_layer_that_begins_at_zero_changes_nothing_and_learns(num):
+    net, x = nn.Sequential(nn.Linear(5, 4)), torch.randn(7, 5)
+    nn.init.zeros_(net[0].weight[:num])
+    y = net(x)
+    dora = DoRA(rank=2, on="0").attach(net)
+    optimizer = torch.optim.SGD(dora.parameters(), 0.1)
+    assert torch.equal(net(x), y)
+    for _ in range(3):  # B, then the length, then the output
+        optimizer.zero_grad()
+        (net(x) - 1).square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in dora.parameters())
+        optimizer.step()
+    z = net(x)
+    assert z.isfinite().all() and ((z - y)[:, :num].abs().amax(0) > 1e-3).all()
+
+
+@pytest.mark.parametrize("mixin", ["pissa", "olora", "dora"])
+def test_what_begins_at_the_base_begins_there_again_when_reset(mixin):
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(6, 4), nn.Conv2d(4, 6, 3))
+        one = MIXINS[mixin](["0", "1"]).attach(net)
+    net.to_empty(device="cpu")
+    for module in net.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    fresh = MIXINS[mixin](["0", "1"]).attach(net, name="fresh")
+    leaves = [name for name in one.state_dict() if mixin != "dora" or name.endswith("magnitude")]
+    assert leaves and all(torch.equal(one.state_dict()[name], fresh.state_dict()[name]) for name in leaves)
+    fresh.detach()
+    x = torch.randn(2, 6)
+    with one.disabled():
+        y = net[0](x)
+    assert torch.equal(net[0](x), y)
+    stir(one)
+    assert not torch.equal(net[0](x), y)
+
+
 def test_fused_parts_are_pairs_of_their_own():
     net, x = nn.Sequential(nn.Linear(6, 9)), torch.randn(2, 4, 6)
     y = net(x)
@@ -166,66 +204,10 @@ def test_fused_parts_are_pairs_of_their_own():
 
 
 def test_fused_convolutions_too():
-    net, x = nn.Sequential(nn.Conv1d(4, 12, 1)), torch.randn(2, 4, 5)
+    net, x = nn.Sequential(nn.Conv1d(4, 12, 1)).eval(), torch.randn(2, 4, 5)
     lora = stir(LoRA(rank=2, on="0", parts=3).attach(net))
     z = net(x)
     torch.testing.assert_close(lora.merge() and net(x), z)
-
-
-# Merging -----------------------------------------------------------------------------------------
-
-
-def test_several_are_merged_and_unmerged_in_any_order():
-    net, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
-    before = weights(net)
-    one = stir(LoRA(on="0", rank=2, name="one").attach(net))
-    two = stir(DoRA(on="0", rank=2, name="two").attach(net))
-    z = net(x)
-    one.merge()
-    two.merge()
-    torch.testing.assert_close(net(x), z)
-    one.unmerge()
-    torch.testing.assert_close(net(x), z)
-    two.unmerge()
-    assert torch.equal(net(x), z) and same(weights(net), before)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_unmerging_is_exact_in_every_dtype(dtype):
-    net = nn.Sequential(nn.Linear(64, 64)).to(dtype)
-    before = weights(net)
-    lora = stir(LoRA(on="0").attach(net))
-    for _ in range(3):
-        lora.merge()
-        assert not torch.equal(net[0].weight, before["0.weight"])
-        lora.unmerge()
-    assert same(weights(net), before)
-
-
-def test_what_would_do_nothing_while_merged_is_refused():
-    net = nn.Sequential(nn.Linear(4, 4))
-    lora = stir(LoRA(on="0").attach(net)).merge()
-    for act in (lambda: setattr(lora, "scale", 0.5), lambda: setattr(lora, "enabled", False), lora.merge):
-        with pytest.raises(ValueError, match="merged"):
-            act()
-    with pytest.raises(RuntimeError, match="unmerge"):
-        net.load_state_dict({"0.weight": torch.zeros(4, 4), "0.bias": torch.zeros(4)})
-    lora.unmerge()
-    with pytest.raises(ValueError, match="merged"), lora.merged():
-        net[0]._port["lora"].gate = torch.ones(2)
-        net(torch.randn(2, 4))
-    net[0]._port["lora"].gate = None
-    lora.merge()
-    lora.detach()
-    assert not net[0]._modules.get(PORT)
-
-
-def test_a_file_of_a_merged_host_loads_into_a_plain_one():
-    net, plain = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))
-    before = weights(net)
-    stir(LoRA(on="0").attach(net)).merge()
-    load_into(plain, {name: v for name, v in net.state_dict().items() if PORT not in name})
-    assert same(weights(plain), before)
 
 
 # Routing, compiling, recomputing -----------------------------------------------------------------

@@ -119,6 +119,7 @@ def student():
 
     one = engine()
     one.sigma_sampler, one.loss = GridSigmaSampler(8), ConsistencyLoss()
+    one.conditioner.requires_grad_(False)  # the conditions are the teacher's as well
     Consistency().attach(one)
     Teacher(source="copy", target="ema").attach(one)
     return one

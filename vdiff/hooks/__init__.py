@@ -2,10 +2,11 @@
 
 from vdiff.hooks.attachment import bare_copy, insert, remove
 from vdiff.hooks.matching import On, match, role_sites
-from vdiff.hooks.port import PORT, Part, Port, accepts, attached, describe, is_port_key, parts, ports, within
+from vdiff.hooks.port import PORT, Part, Port, accepts, attached, bringer, describe, is_port_key, parts, ports, within
 from vdiff.hooks.recompute import checkpoint
 from vdiff.hooks.routing import routed
 from vdiff.hooks.rows import check_partners, expand_gate, expand_partners
+from vdiff.hooks.stand_in import Same, move_stand_ins, own, stand_down, stand_in
 from vdiff.hooks.witness import refuse_in_backward
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "On",
     "Part",
     "Port",
+    "Same",
     "accepts",
     "attached",
     "bare_copy",
+    "bringer",
     "check_partners",
     "checkpoint",
     "describe",
@@ -25,10 +28,14 @@ __all__ = [
     "is_port_key",
     "match",
     "parts",
+    "move_stand_ins",
+    "own",
     "ports",
     "refuse_in_backward",
     "remove",
     "role_sites",
     "routed",
+    "stand_down",
+    "stand_in",
     "within",
 ]

@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from vdiff.hooks.port import PORT, Part, Port, ports
+from vdiff.hooks.stand_in import stand_down
 
 
 def insert(sites: Iterable[tuple[str, nn.Module, Part]], who: str) -> None:
@@ -21,7 +22,7 @@ def insert(sites: Iterable[tuple[str, nn.Module, Part]], who: str) -> None:
 
     Raises:
         ValueError: a host is never called, is wrapped for several devices, holds a part of that name
-            already, or holds another part that replaces its output.
+            already, or holds another part that replaces its output or is innermost as well.
     """
     sites = list(sites)
     for site, host, part in sites:
@@ -33,6 +34,7 @@ def insert(sites: Iterable[tuple[str, nn.Module, Part]], who: str) -> None:
         port.add_module(part.mixin_name, part.train(host.training))
         if part.is_outermost:
             port._modules = {part.mixin_name: part} | port._modules
+        port._modules = dict(sorted(port._modules.items(), key=lambda item: item[1].is_innermost))
         _register(host, port)
     _forget_compiled()
 
@@ -49,11 +51,12 @@ def remove(sites: Iterable[tuple[nn.Module, Part]]) -> None:
 
 
 def bare_copy(module: nn.Module, replaced: Mapping[nn.Module, nn.Module] | None = None) -> Any:  # noqa: ANN401
-    """A deep copy without what is attached, and of some modules inside not a copy but something else."""
+    """A deep copy without what is attached or merged, and of some modules inside not a copy but something else."""
     memo: dict[int, Any] = {id(old): new for old, new in (replaced or {}).items()}
     memo |= {id(port): Port() for port in ports(module)}
     copied = deepcopy(module, memo)
     for host in copied.modules():
+        stand_down(host)
         port = host._modules.pop(PORT, None)
         for table in (host._forward_pre_hooks, host._forward_hooks) if port is not None else ():
             for key in [key for key, hook in table.items() if getattr(hook, "__self__", None) is port]:
@@ -101,6 +104,11 @@ def _check(site: str, host: nn.Module, part: Part, who: str) -> None:
         raise ValueError(
             f"{where}: {rival.mixin_name!r} and {part.mixin_name!r} both replace what this module does. "
             "Keep one of them, or give one an `on` that leaves this module out."
+        )
+    if part.is_innermost and (rival := next((other for other in port.values() if other.is_innermost), None)):
+        raise ValueError(
+            f"{where}: {rival.mixin_name!r} and {part.mixin_name!r} both change the shape of what it is given, each "
+            "next to it. Keep one of them, or give one an `on` that leaves this module out."
         )
 
 

@@ -32,6 +32,9 @@ class Part(nn.Module):
     Attributes:
         is_outermost: Whether it comes before the parts that were attached earlier, and so is given what the host was
             called with, not what another part made of it.
+        is_innermost: Whether it comes after the parts that are attached later: what it hands the host has another
+            shape than what they are given and give back.
+        brings: Names of arguments with which it calls its host, where the host was called without.
         replaces: Whether it puts its own value in the place of the host's, rather than adding to it;
             a site takes one such part.
         unit: What the buffer ``scale`` holds when the mixin's scale is 1 (LoRA: alpha / rank).
@@ -48,6 +51,8 @@ class Part(nn.Module):
     """
 
     is_outermost: ClassVar[bool] = False
+    is_innermost: ClassVar[bool] = False
+    brings: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
     unit: float = 1.0
     accepts: tuple[str, ...] = ()
@@ -98,9 +103,10 @@ class Part(nn.Module):
         self.strength = float(value)
         self.scale.fill_(self.strength * self.unit)
 
-    def stands_for(self) -> dict[str, Tensor]:
-        """Weights of the host, by name, that the part has replaced for now and that belong in a file instead."""
-        return {}
+    @property
+    def is_merged(self) -> bool:
+        """Whether it is in the weights of its host now, rather than beside them."""
+        return False
 
     def reset_parameters(self) -> None:
         """Start again, as after ``to_empty``. Parts with weights draw them here and call ``super()``."""
@@ -108,7 +114,8 @@ class Part(nn.Module):
 
 
 class Port(nn.ModuleDict):
-    """The parts at one module, by the name of their mixin, in the order of attachment, outermost ones first."""
+    """The parts at one module, by the name of their mixin, in the order of attachment, outermost ones first and
+    innermost ones last."""
 
     if TYPE_CHECKING:
         _modules: dict[str, Part]  # type: ignore[assignment]
@@ -144,16 +151,9 @@ class Port(nn.ModuleDict):
                 output = part.after(module, args, kwargs, output)
         return output
 
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        # Called after the host has put its own weights there.
-        host = prefix.removesuffix(f"{PORT}.")
-        for part in self.values():
-            destination.update({host + name: value for name, value in part.stands_for().items()})
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         for name, part in self.items():
-            if part.stands_for():
+            if part.is_merged:
                 args[-1].append(f"{prefix}{name} is merged into the weights of its host; unmerge() it before loading.")
         # A file of the plain host says nothing about attachments: they stay as they are, in strict mode too.
         if not any(key.startswith(prefix) for key in state_dict):
@@ -196,6 +196,13 @@ def accepts(module: nn.Module) -> tuple[str, ...]:
     """Names of conditions that what is attached to the module itself reads, switched on or not."""
     port = module._modules.get(PORT)
     return tuple(name for part in port.values() for name in part.accepts) if isinstance(port, Port) else ()
+
+
+def bringer(module: nn.Module, argument: str) -> str | None:
+    """The name of the mixin at a module that brings an argument, for error messages; None: the caller did."""
+    port = module._modules.get(PORT)
+    found = port.items() if isinstance(port, Port) else ()
+    return next((name for name, part in found if argument in part.brings and part.enabled), None)
 
 
 def is_port_key(key: str) -> bool:

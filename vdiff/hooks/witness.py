@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+
+from vdiff.hooks.stand_in import Same
 
 if TYPE_CHECKING:
     from vdiff.hooks.port import Port
@@ -51,31 +52,18 @@ class Witness:
 
 _CHANGED = (
     "A checkpointed module with mixins ({}) is recomputed in backward, but not in the one state in which it ran "
-    "forward: a scale, gate, partner or switch was changed in between, or it ran in several. The gradient would be "
-    "wrong. Checkpoint through vdiff.hooks.checkpoint(..., module=...), which restores the state, or keep it (and "
-    "`with routed(...)`) unchanged until backward is done. Reentrant checkpointing is not supported."
+    "forward: a scale, gate, partner or switch was changed in between, or it ran in several, or what a mixin further "
+    "out had worked out for it in that call (a ControlNet from its hint) is gone. The gradient would be wrong. "
+    "Checkpoint through vdiff.hooks.checkpoint(..., module=...), which restores the state, or keep it (and `with "
+    "routed(...)`) unchanged until backward is done. Reentrant checkpointing is not supported."
 )
 
 
 def _fingerprint(port: Port) -> list[tuple]:
+    # Of what was given only whether it was: after the call it is gone, and a call that is repeated whole gives it anew.
     return [
-        (name, part.strength, _Same.of(part.gate), _Same.of(part.partners)) if part.enabled else (name,)
+        (name, part.strength, Same.of(part.gate), Same.of(part.partners), part.given is None)
+        if part.enabled
+        else (name,)
         for name, part in port.items()
     ]
-
-
-class _Same:
-    """Equal to another where both hold one tensor in one version; holding it keeps its identity unique."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.version = 0 if tensor.is_inference() else tensor._version
-
-    @staticmethod
-    def of(tensor: Tensor | None) -> _Same | None:
-        return None if tensor is None else _Same(tensor)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.tensor is other.tensor and self.version == other.version
-
-    __hash__ = None  # type: ignore[assignment]

@@ -24,7 +24,7 @@ class ConsistencyLoss(Loss):
 
     With the squared error it is the pseudo-Huber distance :math:`\sqrt{\lVert d \rVert^2 + c'^2} - c'` over
     :math:`\sqrt n`, for n numbers a row and :math:`c' = c \sqrt n`. Latent consistency models take Huber's loss of each
-    number: ``error: {type: huber, delta: 0.001, parameterization: x0}, huber: null``.
+    number: ``error: {type: huber, delta: 0.001, like: distance, parameterization: x0}, huber: null``.
 
     Metrics: ``consistency/error`` (E).
 

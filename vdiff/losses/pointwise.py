@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from vdiff.losses.base import PointwiseLoss
@@ -24,13 +26,15 @@ class L1Loss(PointwiseLoss):
 
 
 class HuberLoss(PointwiseLoss):
-    """Squared where small, absolute where large: ``delta^2 (sqrt(1 + (d / delta)^2) - 1)`` times 2.
-
-    The smooth (pseudo-Huber) form; for small errors it equals the squared error.
+    r"""Squared where small, absolute where large: :math:`2\delta\,(\sqrt{d^2 + \delta^2} - \delta)`, the smooth
+    (pseudo-Huber) form.
 
     Args:
         delta: Where it turns.
         parameterization, weighting, mask: See :class:`PointwiseLoss`.
+        like: What it equals: the ``square`` of small errors, as above; or the ``distance`` of large ones, without the
+            factor :math:`2\delta`, as the scripts of latent consistency models have it. Adam hardly sees the
+            difference; a limit on the gradient's norm does.
     """
 
     def __init__(
@@ -39,13 +43,17 @@ class HuberLoss(PointwiseLoss):
         parameterization: str | Parameterization | None = None,
         weighting: Weighting | None = None,
         mask: str | None = None,
+        like: Literal["square", "distance"] = "square",
     ) -> None:
         super().__init__(parameterization, weighting, mask)
         if delta <= 0:
             raise ValueError(f"HuberLoss: delta must be positive, got {delta}.")
-        self.delta = delta
+        if like not in ("square", "distance"):
+            raise ValueError(f"HuberLoss: like is square or distance, got {like!r}.")
+        self.delta, self.like = delta, like
 
     def pointwise(self, difference: Tensor) -> Tensor:
         ratio = difference / self.delta
         # sqrt(1 + r^2) - 1 without cancellation
-        return 2 * self.delta**2 * ratio**2 / (1 + (1 + ratio**2).sqrt())
+        distance = self.delta * ratio**2 / (1 + (1 + ratio**2).sqrt())
+        return 2 * self.delta * distance if self.like == "square" else distance

@@ -68,6 +68,7 @@ class Mixin(Registered, kind="mixin"):
         self._sites: dict[str, tuple[nn.Module, Part]] = {}
         self._helpers: list[tuple[nn.Module, Part]] = []
         self._weights: Mapping[str, Tensor] = {}  # while not attached, those it will have
+        self._is_strict = True  # whether those must be all it has
         self._known: dict[str, str] = {}  # its sites from the host, and from where `on` was first asked
 
     @abstractmethod
@@ -128,7 +129,7 @@ class Mixin(Registered, kind="mixin"):
             part.mixin, part.mixin_name, part.enabled = self, name, self._enabled
             part.set_scale(self._scale)
         if self._weights:
-            _load(sites, self._weights, strict=True, who=who)
+            _load(sites, self._weights, self._is_strict, who)
         insert([(site, module, part) for site, (module, part) in (*sites.items(), *helpers.items())], who)
         self._helpers = list(helpers.values())
         self._sites, self._weights, self.name, self.host = sites, {}, name, type(host).__name__
@@ -157,7 +158,7 @@ class Mixin(Registered, kind="mixin"):
         refuse_in_backward(f"Detaching {self.name!r}")
         weights = self.state_dict()
         remove(self._parts)
-        self._sites, self._helpers, self._weights = {}, [], weights
+        self._sites, self._helpers, self._weights, self._is_strict = {}, [], weights, True
 
     # How much of it ------------------------------------------------------------------------------
 
@@ -232,7 +233,7 @@ class Mixin(Registered, kind="mixin"):
             ValueError: they do not fit; nothing was changed.
         """
         if not self.is_attached:
-            self._weights = dict(weights)
+            self._weights, self._is_strict = (dict(weights) if strict else {**self._weights, **weights}), strict
             return
         _load(self._sites, weights, strict, type(self).__name__)
 

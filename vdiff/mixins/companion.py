@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from vdiff.checkpoints import load_into, read_run_weights, read_weights
-from vdiff.hooks import PORT, On, Part, Port, is_port_key, parts, ports, remove
+from vdiff.hooks import On, Part, bare_copy, is_port_key, parts, ports
 from vdiff.mixins.base import Mixin
 from vdiff.networks import in_eval
-from vdiff.process import Prediction
+from vdiff.process import Conditioning, Prediction
 
 Source = Literal["mixins_off", "copy", "adapter", "checkpoint"]
 SOURCES: tuple[str, ...] = get_args(Source)
@@ -40,7 +40,8 @@ class Companion(Mixin, abstract=True):
       is made at the first call, unless :meth:`begin` was called before.
     - ``checkpoint``: a frozen copy with the weights of ``file``, read when it is attached.
 
-    It runs without gradient and in eval mode. A copy is outside the module tree, so in no optimizer, average,
+    It is asked with the conditions that the denoiser got, so what makes those must be frozen as well. It runs without
+    gradient and in eval mode. A copy is outside the module tree, so in no optimizer, average,
     checkpoint or ``train()``. It goes to the denoiser's device when it is asked, and is compiled with the engine if
     it exists by then.
 
@@ -122,7 +123,7 @@ class Companion(Mixin, abstract=True):
                 f"{who}: {self.file} holds weights of mixins. Attach its mixin and use source: adapter, or merge it "
                 "into the weights first."
             )
-        plain = _plain(_copied(module))
+        plain = bare_copy(module)
         load_into(plain, tensors, where=f"{who}: {self.file}")
         return plain
 
@@ -168,7 +169,7 @@ class CompanionPart(Part):
                 companion.to(place)
             yield companion.forward
 
-    def checked(self, module: nn.Module, output: Any) -> Prediction:
+    def checked(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Prediction:
         """The denoiser's answer; looks once, at the first call that trains, whether the companion stands still.
 
         Raises:
@@ -183,16 +184,30 @@ class CompanionPart(Part):
             )
         is_trained = module.training and torch.is_grad_enabled()
         if is_trained and not self._is_checked and not torch.compiler.is_compiling():
-            self._check(module)
+            self._check_conditions(args[2] if len(args) > 2 else kwargs.get("cond"))
+            if not self._held and self.source != "copy":
+                self._check_mixins(module)
+            self._is_checked = True
         return output
 
-    def _check(self, module: nn.Module) -> None:
+    def _check_conditions(self, cond: Conditioning | None) -> None:
+        """The companion is asked with the very conditions of the model that is trained."""
+        who, noun, trained = self.words
+        while cond is not None:
+            if name := next((name for name, value in cond.tensors.items() if value.requires_grad), None):
+                raise ValueError(
+                    f"{who}: the condition {name!r} asks for a gradient, so something in the conditioner is trained, "
+                    f"and the {noun}, which is told the same, would move with the {trained}. Train below the denoiser "
+                    "alone (training.train: [{on: denoiser}], or its mixins), or freeze it "
+                    "(engine.conditioner.requires_grad_(False))."
+                )
+            cond = cond.null
+
+    def _check_mixins(self, module: nn.Module) -> None:
+        """The companion is the denoiser itself, with some of its mixins off."""
         who, noun, trained = self.words
         others = [part for part in parts(module) if part is not self]
-        if self._held or self.source == "copy":
-            self._is_checked = True
-            return
-        merged = next((part.mixin_name for part in others if getattr(part, "is_merged", False)), None)
+        merged = next((part.mixin_name for part in others if part.is_merged), None)
         if merged is not None:
             raise ValueError(f"{who}: {merged!r} is merged into the weights, so it cannot be off. Unmerge it first.")
         if self.source == "adapter":
@@ -219,7 +234,6 @@ class CompanionPart(Part):
                 f"they are trained, the {noun} moves with the {trained}. Train mixins only, or use source: copy.",
                 stacklevel=2,
             )
-        self._is_checked = True
 
     def extra_repr(self) -> str:
         mixin = self.mixin
@@ -252,13 +266,6 @@ def _copied(module: nn.Module, own: Part | None = None) -> nn.Module:
         for name in [name for name, part in port.items() if part is own]:
             del port._modules[name]
     return copied
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    """Without its mixins."""
-    touched = [(host, host._modules.get(PORT)) for host in module.modules()]
-    remove([(host, part) for host, port in touched if isinstance(port, Port) for part in port.values()])
-    return module
 
 
 def _device(module: nn.Module) -> torch.device | None:

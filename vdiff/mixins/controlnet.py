@@ -36,6 +36,9 @@ class ControlNet(Mixin, name="controlnet"):
     nothing. What it says is added to the skips and to the middle's output, never to the encoder itself. Several of
     them are several mixins, each under a name and with a condition of its own; what they say adds up.
 
+    The copy is of the host's dtype, unlike a LoRA: on a host in bfloat16 an optimizer would round small steps away. To
+    train, attach to a host in float32, and let the trainer's precision or autocast compute in bfloat16.
+
     Args:
         reads: The condition that holds the hint, ``(B, hint_channels, f H, f W)`` for an ``(H, W)`` of the network,
             in [0, 1] for published weights of images; by default the mixin's name. For a video
@@ -147,7 +150,11 @@ class ControlNetPart(ConditionedPart):
 
 
 class AddsToSkip(Part):
-    """At a block of a decoder, which is called with the stream and a skip as one: the skip's channels are the last."""
+    """At a block of a decoder, which is called with the stream and a skip as one: the skip's channels are the last.
+
+    What is added is part of the skip for whatever else changes it, as FreeU does."""
+
+    is_outermost = True
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if self.given is None:

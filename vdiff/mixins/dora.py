@@ -56,12 +56,20 @@ class DoRAPart(LoRAPart):
     def __init__(self, host: nn.Module, rank: int, ratio: float, dropout: float, where: str) -> None:
         super().__init__(host, rank, 1.0, dropout, where=where, who="DoRA")
         self.ratio = ratio  # inside the norm, so not part of the scale
-        self.magnitude = nn.Parameter(self._lengths(host.weight.detach()))  # type: ignore[operator]
+        self.magnitude = nn.Parameter(self._lengths(self.base))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "magnitude" in self._parameters:  # not yet, where the pair is made
+            with torch.no_grad():
+                self.magnitude.copy_(self._lengths(self.base))
 
     def delta(self, weight: Tensor) -> Tensor:
         base = self.layer.matrix(weight.detach().to(self.A.dtype))
         changed = base + self.ratio * self._product(self.A, self.B)
-        gain = self.magnitude / torch.linalg.vector_norm(changed.detach(), dim=1)
+        length = torch.linalg.vector_norm(changed.detach(), dim=1)
+        # A row of zeros has no direction to give a length, and is as it is: so layers that begin at zero learn.
+        gain = torch.where(length > 0, self.magnitude / length.where(length > 0, 1), 1)
         return self.layer.weight(gain[:, None] * changed - base)
 
     def change(self, module: nn.Module, x: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ class FreeU(Mixin, name="freeu"):
         scale: 0 is b and s of 1.
 
     References:
-        Si et al., arXiv:2309.11497.
+        Si et al., arXiv:2309.11497, version 1, as in diffusers: b is one number everywhere. In version 2 it goes from 1
+            to b as the stream's mean over channels goes from its least to its greatest, which is not done here.
     """
 
     def __init__(

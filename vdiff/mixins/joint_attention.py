@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vdiff.hooks import On, Part, expand_partners, parts, within
+from vdiff.hooks import On, Part, bringer, expand_partners, parts, within
 from vdiff.mixins.base import Mixin
 from vdiff.process import spread
 
@@ -181,6 +181,12 @@ class JointAttentionPart(Part):
         rest = {name: value for name, value in given.items() if value is not None}
         refused = (*CONTEXTS, "partners") if "partners" in self.names else (*CONTEXTS, "mask", "attention_mask")
         if name := next((name for name in rest if name in refused), None):
+            if other := bringer(module, name):
+                raise ValueError(
+                    f"JointAttention: {other!r}, attached to the same {type(module).__name__}, brings a {name} of its "
+                    "own, and then no partner can be looked at. Call without its gate or without partners, or narrow "
+                    "`on` of one of them."
+                )
             raise ValueError(
                 f"JointAttention: a {type(module).__name__} was called with {name!r}. It goes on self-attention"
                 f"{'' if 'partners' in self.names else ' without masks'}; narrow `on`."

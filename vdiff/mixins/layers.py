@@ -35,7 +35,8 @@ class Layer:
         """What ``host`` is.
 
         Raises:
-            ValueError: none of the three, or one whose forward is its own and cannot be followed.
+            ValueError: none of the three, one whose forward is its own and cannot be followed, or one whose weight
+                is kept in another form.
         """
         if type(host).__name__ == "NonDynamicallyQuantizableLinear":
             raise ValueError(
@@ -55,6 +56,11 @@ class Layer:
         if isinstance(host, nn.Embedding):
             return cls("embedding", shape[1], shape[0], shape)
         if isinstance(host, nn.Linear):
+            if shape != (host.out_features, host.in_features):
+                raise ValueError(
+                    f"{where} ({type(host).__name__}) goes from {host.in_features} to {host.out_features}, and its "
+                    f"weight is {shape}: packed, or sharded. {who} changes plain weights; load the host unquantised."
+                )
             return cls("linear", shape[0], shape[1], shape)
         return cls("conv", shape[0], host.weight[0].numel(), shape, host.groups)  # type: ignore[union-attr, arg-type]
 

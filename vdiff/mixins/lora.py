@@ -108,15 +108,22 @@ class LoRAPart(WeightPart):
         self.register_buffer("A0", None)
         self.register_buffer("B0", None)
         if init in ("pissa", "olora"):
-            self._start_from(host.weight, where)  # type: ignore[arg-type]
+            most = min(self.layer.rows // self.parts, self.layer.columns)
+            if self.rank > most:
+                raise ValueError(
+                    f"{where}: init={init!r} takes the rank from the base, whose own is at most {most}; got "
+                    f"{self.rank}."
+                )
+            self.A0, self.B0 = torch.empty_like(self.A.data), torch.empty_like(self.B.data)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if self.A0 is not None and self.B0 is not None:
+            down, up = self._start()
             with torch.no_grad():
-                self.A.copy_(self.A0)
-                self.B.copy_(self.B0)
+                for tensor, value in ((self.A, down), (self.A0, down), (self.B, up), (self.B0, up)):
+                    tensor.copy_(value.reshape(tensor.shape))
             return
         drawn, zero = (self.B, self.A) if self.layer.kind == "embedding" else (self.A, self.B)
         if self.init == "gaussian" or drawn is self.B:
@@ -168,24 +175,15 @@ class LoRAPart(WeightPart):
         return (up.unflatten(0, (self.parts, -1)) @ down.unflatten(0, (self.parts, -1))).flatten(0, 1)
 
     @torch.no_grad()
-    def _start_from(self, weight: Tensor, where: str) -> None:
-        """A pair whose product is the part of the base that is to be trained first."""
-        rows = self.layer.matrix(weight.detach().to(torch.float32)).unflatten(0, (self.parts, -1))
-        rank = self.rank
-        if min(rows.shape[1:]) < rank:
-            raise ValueError(
-                f"{where}: init={self.init!r} takes the rank from the base, whose own is at most "
-                f"{min(rows.shape[1:])}; got {rank}."
-            )
+    def _start(self) -> tuple[Tensor, Tensor]:
+        """A pair A and B whose product is the part of the base that is to be trained first."""
+        rank, rows = self.rank, self.layer.matrix(self.base.to(torch.float32)).unflatten(0, (self.parts, -1))
         if self.init == "pissa":
             u, s, v = torch.linalg.svd(rows, full_matrices=False)
             root = (s[:, :rank] / self.unit).sqrt()
-            up, down = u[..., :rank] * root[:, None], root[..., None] * v[:, :rank]
-        else:
-            q, r = torch.linalg.qr(rows)
-            up, down = q[..., :rank], r[:, :rank]
-        self.A0 = down.reshape(self.A.shape).clone(memory_format=torch.contiguous_format)
-        self.B0 = up.reshape(self.B.shape).clone(memory_format=torch.contiguous_format)
+            return root[..., None] * v[:, :rank], u[..., :rank] * root[:, None]
+        q, r = torch.linalg.qr(rows)
+        return r[:, :rank], q[..., :rank]
 
     def extra_repr(self) -> str:
         parts = f", {self.parts} parts" if self.parts > 1 else ""

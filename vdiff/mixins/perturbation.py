@@ -131,6 +131,8 @@ class SEG(Mixin, name="seg"):
 class SEGPart(Part):
     """Queries are linear in their input, so to blur them is to ask from a blurred input."""
 
+    brings = ("context",)
+
     def __init__(self, blur: float, grid: tuple[int, ...] | None, text: int = 0) -> None:
         super().__init__()
         self.blur, self.grid, self.text = blur, grid, text

@@ -68,5 +68,5 @@ class RefModelPart(CompanionPart):
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Prediction:
         said, self._said = self._said, None
-        prediction = self.checked(module, output)
+        prediction = self.checked(module, args, kwargs, output)
         return prediction if said is None else prediction.with_(reference=said)

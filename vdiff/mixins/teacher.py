@@ -93,7 +93,7 @@ class TeacherPart(CompanionPart):
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Prediction:
         target, self._target = self._target, None
-        prediction = self.checked(module, output)
+        prediction = self.checked(module, args, kwargs, output)
         return prediction if target is None else prediction.with_(target=target)
 
     @torch.no_grad()

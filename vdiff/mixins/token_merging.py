@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vdiff.hooks import On, Part
+from vdiff.hooks import On, Part, bringer
 from vdiff.mixins.base import Mixin
 from vdiff.mixins.perturbation import checked_grid, checked_text, pictures
 
@@ -16,7 +16,7 @@ class TokenMerging(Mixin):
 
     One token of every cell of 2 by 2 takes others in, the first: nothing is drawn, so that a run repeats. Attention
     costs :math:`(1 - r)^2` of what it did. Tokens are merged within their frame, whether frames are rows or lie one
-    behind another in a row.
+    behind another in a row. Whatever else is attached to the attention acts among the merged tokens.
 
     Args:
         ratio: Share r of the tokens that are merged into others, up to three quarters.
@@ -54,6 +54,8 @@ class TokenMerging(Mixin):
 
 
 class TokenMergingPart(Part):
+    is_innermost = True
+
     def __init__(self, ratio: float, grid: tuple[int, ...] | None, text: int = 0) -> None:
         super().__init__()
         self.ratio, self.grid, self.text = ratio, grid, text
@@ -67,9 +69,11 @@ class TokenMergingPart(Part):
                 f"TokenMerging {self.mixin_name!r}: rows cannot be merged differently; take its gate away."
             )
         if any(value is not None for value in (*args[1:], *rest.values())):
+            name = next((name for name in rest if bringer(module, name)), None)
+            also = f"; {bringer(module, name)!r}, attached there as well, brings {name!r}" if name else ""
             raise ValueError(
                 f"TokenMerging: a {type(module).__name__} was called with a context, a mask or positions, which know "
-                "nothing of merged tokens. Narrow `on`."
+                f"nothing of merged tokens{also}. Narrow `on`{' of one of them' if also else ''}."
             )
         text, tokens = pictures(x, self.grid, self.text, "TokenMerging")
         height, width = tokens.shape[2:4]

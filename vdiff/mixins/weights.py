@@ -3,8 +3,8 @@ r"""Mixins that stand for a change of weights, :math:`W' = W + s\,D`.
 LoRA and its relatives differ in how they write :math:`D`, and each is one small class: a part with parameters and
 :meth:`WeightPart.delta`. What follows from that is here: attaching, routing by row, merging and its exact inverse.
 
-Merging puts :math:`W'` in the place of :math:`W`, so that the adapter costs nothing. The original is kept, not
-computed back, and the host's state dict goes on saying the original.
+Merging lets :math:`W'` stand in the place of :math:`W`, so that the adapter costs nothing. The host's parameter is left
+as it is: it is what the state dict says, an optimizer holds and other modules share, and what every change is one of.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
 
-from vdiff.hooks import PORT, On, Part
+from vdiff.hooks import PORT, On, Part, Same, move_stand_ins, own, stand_down, stand_in
 from vdiff.mixins.base import Mixin
 from vdiff.mixins.layers import Layer
 
@@ -90,13 +91,15 @@ class WeightMixin(Mixin, abstract=True):
         return any(part.is_merged for _, part in self._weight_parts())
 
     def merge(self) -> Self:
-        """Put the change into the hosts' weights, for sampling; :meth:`unmerge` restores them bit for bit.
+        """Let hosts have the changed weights, for sampling; :meth:`unmerge` takes those away again.
 
-        Several mixins may be merged, and unmerged in any order. Until then the host's state dict is that of the host
-        alone, its weights cannot be loaded, and scale, switch and gates are refused.
+        Their own parameters stay registered, the same objects with the same values, tied or not. Several mixins may be
+        merged, and unmerged in any order. Until then the host's weights cannot be loaded or trained, and scale, switch
+        and gates are refused.
 
         Raises:
-            ValueError: not attached, off, merged already, or in the term of another mixin alone.
+            ValueError: not attached, off, merged already, in the term of another mixin alone, or on a weight that is
+                computed.
         """
         if not self.is_attached or not self.enabled or self.is_merged:
             state = "not attached" if not self.is_attached else "merged already" if self.is_merged else "off"
@@ -106,12 +109,18 @@ class WeightMixin(Mixin, abstract=True):
                 f"{type(self).__name__}: {self.name!r} acts in the term of {terms[0]!r} alone, and merged it would act "
                 "everywhere."
             )
+        for site, (module, _) in self._sites.items():
+            if module._parameters.get("weight") is None:
+                raise ValueError(
+                    f"{type(self).__name__}: the weight of {site!r} is no parameter but computed (parametrised), so "
+                    f"{self.name!r} cannot be merged into it."
+                )
         for module, part in self._weight_parts():
             part.merge(module)
         return self
 
     def unmerge(self) -> Self:
-        """Take the change out again; the weights are what they were, bit for bit."""
+        """Take the change out again: the hosts have their own weights, whatever became of those."""
         for module, part in self._weight_parts():
             part.unmerge(module)
         return self
@@ -152,14 +161,19 @@ class WeightPart(Part):
 
     Attributes:
         layer: What the host is.
-        original: The host's weight as it was before merging, None where nothing is merged.
+        merged_into: The host's own weight, as it was when the change was merged; None where it is not.
     """
 
     def __init__(self, host: nn.Module, where: str, who: str) -> None:
         super().__init__()
         self.layer = Layer.of(host, where, who)
-        self.original: Tensor | None
-        self.register_buffer("original", None, persistent=False)
+        self.merged_into: Same | None = None
+        self._host = (host,)  # a tuple hides it from the module tree
+
+    @property
+    def base(self) -> Tensor:
+        """The host's own weight, of which this is a change; without gradient."""
+        return own(self._host[0]).detach()
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
@@ -167,61 +181,73 @@ class WeightPart(Part):
 
     def change(self, module: nn.Module, x: Tensor) -> Tensor:
         """What the change adds to the output for an input ``x``, at a scale of 1."""
-        weight: Tensor = module.weight  # type: ignore[assignment]
+        weight = own(module)
         return self.layer.call(module, x, self.delta(weight).to(x.dtype if x.is_floating_point() else weight.dtype))
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        if self.original is not None:
-            return self._unrouted(output)
+        if self.merged_into is not None:
+            self._check_merged(module)
+            return output
         x = args[0] if args else kwargs["input"]
         change = self.change(module, x)
         change = change if change.dtype == output.dtype else change.to(output.dtype)
         # Scaled as it is added: one kernel, eager or compiled, and nothing more kept for the backward pass.
         return torch.addcmul(output, change, self.amount(change))
 
-    def _unrouted(self, output: Tensor) -> Tensor:
-        if self.gate is not None:
-            raise ValueError(
-                f"{self.mixin_name!r} is merged into its host, for all rows alike; unmerge() to use gates."
-            )
-        return output
-
     # Merging -------------------------------------------------------------------------------------
 
     @property
     def is_merged(self) -> bool:
-        return self.original is not None
+        return self.merged_into is not None
 
     def merge(self, module: nn.Module) -> None:
-        others = _merged_at(module)
-        self.original = others[0].original if others else module.weight.data  # type: ignore[union-attr]
-        _merge(module, [*others, self])
+        _merge(module, [*_merged_at(module), self])
 
     def unmerge(self, module: nn.Module) -> None:
-        if self.original is None:
-            return
-        module.weight.data, self.original = self.original, None  # type: ignore[union-attr]
-        others = _merged_at(module)
-        if others:
-            _merge(module, others)
+        if self.is_merged:
+            self.merged_into = None
+            _merge(module, _merged_at(module))
 
-    def stands_for(self) -> dict[str, Tensor]:
-        return {} if self.original is None else {"weight": self.original}
+    def _check_merged(self, module: nn.Module) -> None:
+        """Refuse a call that would be silently wrong."""
+        weight = own(module)
+        if self.gate is not None:
+            fault = "for all rows alike; unmerge() to use gates"
+        elif module.training and is_grad_enabled() and any(p.requires_grad for p in (weight, *self.parameters())):
+            fault = (
+                "and neither would learn in this call, which is one of training. unmerge() to train; "
+                "requires_grad_(False) on both to train something else; eval() or torch.no_grad() to sample"
+            )
+        elif not is_compiling() and self.merged_into != Same(weight):
+            fault = "whose own weights have changed since; unmerge() and merge() again"
+        else:
+            return
+        raise ValueError(f"{self.mixin_name!r} is merged into its host, {fault}.")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:  # noqa: ANN401  # as nn.Module has it
+        super()._apply(fn, recurse)
+        if self.is_merged:
+            move_stand_ins(self._host[0], fn)
+        return self
 
 
 def _merged_at(module: nn.Module) -> list[WeightPart]:
     return [part for part in module._modules[PORT].values() if isinstance(part, WeightPart) and part.is_merged]  # type: ignore[union-attr]
 
 
-@torch.no_grad()
 def _merge(module: nn.Module, parts: list[WeightPart]) -> None:
-    """The original and all changes, each of the original, summed in float32 at least and rounded once."""
-    original = parts[0].original
-    assert original is not None
-    total = original.to(torch.promote_types(original.dtype, torch.float32), copy=True)
-    for part in parts:
-        total += part.scale.to(total.dtype) * part.delta(original).to(total.dtype)
-    module.weight.data = total.to(original.dtype)  # type: ignore[union-attr]
+    """The weight and all changes, each of that weight, summed in float32 at least and rounded once."""
+    stand_down(module)
+    if not parts:
+        return
+    weight = own(module)
+    # Whatever surrounds it: autocast would round the changes, and what inference makes is of no use after it.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        for part in parts:
+            total += part.scale.to(total.dtype) * part.delta(weight).to(total.dtype)
+            part.merged_into = Same(weight)
+    stand_in(module, total.to(weight.dtype))
 
 
 def at(site: str, value: float | Mapping[str, float], what: str, who: str) -> float:

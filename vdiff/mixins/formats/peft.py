@@ -24,6 +24,7 @@ TABLE = {
     "lora_magnitude_vector.weight": "magnitude",
 } | {leaf: leaf for kind in ("loha", "lokr") for leaf in LEAVES[kind]}
 EMBEDDING = {"lora_embedding_A": "A", "lora_embedding_B": "B"}
+RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")  # starts that peft also takes out of the base
 TYPES = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 
 
@@ -55,7 +56,18 @@ def write(adapters: Mapping[str, AdapterWeights], path: Path) -> None:
 
 
 def adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str, prefix: str = "") -> AdapterWeights:
-    """An adapter from tensors and what their configuration says."""
+    """An adapter from tensors and what their configuration says.
+
+    Raises:
+        WeightFileError: names or shapes that contradict it, or weights that belong to a base that peft changed.
+    """
+    if str(start := config.get("init_lora_weights")).lower().startswith(RESIDUAL):
+        raise WeightFileError(
+            f"{where}: init_lora_weights is {start!r}, so these weights belong to a base from which peft took their "
+            "start, and on the base itself they would be wrong. Save them again as a plain LoRA: in peft, "
+            "save_pretrained(folder, path_initial_model_for_weight_conversion=<the adapter before training>). One of "
+            "loftq stays with its quantised base: merge it there."
+        )
     odd = [name for name in tensors if not name.startswith(prefix)]
     if odd:
         raise WeightFileError(f"{where}: names begin with {prefix!r} there, and {odd[0]!r} does not.")
