@@ -15,6 +15,7 @@ from vdiff.checkpoints import (
     WeightFileError,
     architecture,
     convert_checkpoint,
+    is_in_folders,
     open_weights,
     read_weights,
     recognise,
@@ -197,6 +198,71 @@ def test_a_pipelines_folders_may_hold_torch_files_and_halves(tmp_path):
     whole |= weights("clip_text", "sgm", "conditioner.embedders.0.")
     whole |= {n: v.half() for n, v in weights("open_clip_text", "sgm", "conditioner.embedders.1.").items()}
     assert same(read_weights(tmp_path / "b.safetensors"), whole)
+
+
+@pytest.mark.parametrize("name, family", [("unet", "unet"), ("vae", "autoencoder_kl"), ("controlnet", "controlnet")])
+def test_a_folder_of_one_part_is_read_like_its_file(name, family, tmp_path):
+    """As autoencoders and ControlNets are published alone."""
+    tensors = weights(family, "diffusers")
+    save_weights(tmp_path / name / "diffusion_pytorch_model.safetensors", tensors)
+    (tmp_path / name / "config.json").write_text("{}")
+    assert is_in_folders(tmp_path / name)
+    (part,) = recognise(open_weights(tmp_path / name).header).parts
+    assert (part.family.name, part.layout, part.prefix) == (family, "diffusers", "")
+    convert(tmp_path / name, tmp_path / "b.safetensors", "vdiff")
+    assert same(read_weights(tmp_path / "b.safetensors"), weights(family))
+
+
+@pytest.mark.parametrize(
+    "index, shard",
+    [
+        ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model-{}.safetensors"),
+        ("diffusion_pytorch_model.safetensors.index.fp16.json", "diffusion_pytorch_model.fp16-{}.safetensors"),
+        ("diffusion_pytorch_model.safetensors.fp16.index.json", "diffusion_pytorch_model-{}.fp16.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model-{}.bin"),
+        ("pytorch_model.bin.index.fp16.json", "pytorch_model.fp16-{}.bin"),
+        (None, "diffusion_pytorch_model.fp16{}.bin"),
+        (None, "diffusion_pytorch_model.bf16{}.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("folder", ["unet", "."])
+def test_files_of_a_part_have_the_names_that_diffusers_gives(folder, index, shard, tmp_path):
+    tensors = weights("unet", "diffusers")
+    names = sorted(tensors)
+    pieces = [names[::2], names[1::2]] if index else [names]
+    places = {}
+    for n, piece in enumerate(pieces):
+        file = tmp_path / folder / shard.format(f"0000{n + 1}-of-00002" if index else "")
+        held = {name: tensors[name] for name in piece}
+        if file.suffix == ".bin":
+            file.parent.mkdir(exist_ok=True)
+            torch.save(held, file)
+        else:
+            save_weights(file, held)
+        places |= dict.fromkeys(piece, file.name)
+    if index:
+        (tmp_path / folder / index).write_text(json.dumps({"weight_map": places}))
+        assert same(read_weights(tmp_path / folder / index), tensors)
+    source = open_weights(tmp_path)
+    begin = "" if folder == "." else "unet/"
+    assert same({name.removeprefix(begin): source[name] for name in source.header}, tensors)
+
+
+def test_whole_numbers_come_before_halves(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "diffusion_pytorch_model.bin")
+    save_weights(tmp_path / "diffusion_pytorch_model.fp16.safetensors", {"a": torch.ones(1).half()})
+    assert open_weights(tmp_path)["a"].dtype == torch.float32
+
+
+def test_a_folder_without_weights_says_what_is_in_it(tmp_path):
+    save_weights(tmp_path / "unet" / "weights.safetensors", {"a": torch.ones(1)})
+    with pytest.raises(
+        WeightFileError, match=r"nor in unet, .*There is: unet/weights\.safetensors\. A file"
+    ):
+        open_weights(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightFileError, match="There is: nothing"):
+        open_weights(tmp_path / "empty")
 
 
 def test_shards_are_written_and_read(tmp_path):
