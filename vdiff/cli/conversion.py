@@ -33,7 +33,7 @@ from vdiff.mixins.formats.sat import separate
 from vdiff.registry import build, did_you_mean
 
 # Layouts of whole checkpoints alone, and those that adapters are written in as well.
-WHOLE = ("ldm", "sgm", "lvdm", "dynamicrafter")
+WHOLE = ("ldm", "sgm", "lvdm", "dynamicrafter", "dynamicrafter_256")
 BOTH = ("vdiff", "diffusers", "sat")
 ADAPTER_LEAVES = ("lora", ".matrix_A.", "hada_", "lokr_")
 
