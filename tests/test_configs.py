@@ -135,6 +135,15 @@ SMALL = {
         ],
         {"caption": torch.tensor([[5, 6, 1], [7, 1, 0]]), "image": PICTURE[:, :, None]},
     ),
+    "cogvideox_1_5_5b_i2v": (  # three latents, and one in front to fill patches of two
+        [
+            f"conditioner.embedders.0.arch={T5}", "conditioner.embedders.0.length=6",
+            "conditioner.embedders.1.frames=4",
+            *(f"denoiser.network.{x}" for x in ("width=32", "depth=1", "num_heads=2", "text_dim=16", "text_length=6")),
+            "first_stage.time_factor=2", "sample_shape=[3, 5, 16, 16]",
+        ],
+        {"caption": torch.tensor([[5, 6, 1], [7, 1, 0]]), "image": PICTURE},
+    ),
 }  # fmt: skip
 
 
@@ -154,6 +163,15 @@ def test_families_sample_in_small_and_guidance_moves_what_it_should(family):
     assert not torch.equal(cond["cross_attention"], cond.null["cross_attention"])
     if "concat" in cond:
         assert torch.equal(cond["concat"], cond.null["concat"])
+
+
+@pytest.mark.parametrize("family", ["cogvideox_1_5_5b", "cogvideox_1_5_5b_i2v"])
+def test_cogvideox_1_5_samples_81_frames_from_22_latents(family):
+    with torch.device("meta"):
+        engine = build(load_config(ROOT / "configs" / "families" / f"{family}.yaml")["engine"], "engine")
+    assert engine.sample_shape == (3, 81, 768, 1360)
+    assert engine.first_stage.latent_shape(engine.sample_shape) == (16, 22, 96, 170)
+    assert all(embedder.frames == 22 for embedder in list(engine.conditioner.embedders)[1:])
 
 
 def test_svd_is_told_and_read_as_published():
