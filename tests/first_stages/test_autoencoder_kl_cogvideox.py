@@ -269,6 +269,13 @@ def test_chunks_have_it_once(time_factor, frames):
             model.decode(z[:, :, :2])
 
 
+def test_what_is_drawn_stands_in_front_as_it_was_drawn():
+    model, x = tiny(front_latents=1, trains_on="sample"), draw(1, 3, 9, *SIZE)
+    with torch.no_grad():
+        z = model.encode_for_training(x, RowKeys(seed=1, step=2, keys=(5,), position=(0,), global_size=1))
+    assert z.shape[2] == 4 and torch.equal(z[:, :, 0], z[:, :, 1]) and not torch.equal(z, model.encode(x))
+
+
 @pytest.mark.parametrize("has_picture", [False, True])
 def test_a_network_with_patches_of_two_latents_learns_from_odd_clips_and_samples_them(has_picture):
     """81 frames are 21 latents; here 9 are 3."""

@@ -8,15 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vdiff.first_stages.autoencoder_kl import DiagonalGaussian
-from vdiff.first_stages.base import Autoencoder, Reconstruction
+from vdiff.first_stages.gaussian import DiagonalGaussian, GaussianAutoencoder, TrainsOn, check_trains_on
 from vdiff.first_stages.tiles import cells, tiled
 from vdiff.networks.causal import Chunk
 from vdiff.networks.causal_autoencoder import CausalDecoder, CausalEncoder
-from vdiff.process import RowKeys, upload
 
 
-class AutoencoderKLCogVideoX(Autoencoder, name="autoencoder_kl_cogvideox"):
+class AutoencoderKLCogVideoX(GaussianAutoencoder, name="autoencoder_kl_cogvideox"):
     """Clips of ``4 k + 1`` frames to ``k + 1`` frames of the mean of a Gaussian over latents.
 
     With ``front_latents: 1`` they are ``k + 2``: where a patch of the network is of two frames (CogVideoX 1.5), the
@@ -48,9 +46,9 @@ class AutoencoderKLCogVideoX(Autoencoder, name="autoencoder_kl_cogvideox"):
         tile: Side of a tile in pixels; larger pictures go through in tiles, each a clip of its own. None: no tiles.
         tile_overlap: Of neighbouring tiles in pixels, by default a quarter of the tile.
         checkpointing: Keep no activations of the blocks for the backward pass, in ``whole``.
+        trains_on: What a diffusion model is trained on, the Gaussian's ``mean`` or a ``sample`` of it, see
+            :class:`vdiff.first_stages.AutoencoderKL`.
     """
-
-    penalties = {"kl": 1e-6}
 
     def __init__(
         self,
@@ -72,9 +70,11 @@ class AutoencoderKLCogVideoX(Autoencoder, name="autoencoder_kl_cogvideox"):
         tile: int | None = None,
         tile_overlap: int | None = None,
         checkpointing: bool = False,
+        trains_on: TrainsOn = "mean",
     ) -> None:
         super().__init__()
         who = type(self).__name__
+        check_trains_on(trains_on, who)
         if scale == 0:
             raise ValueError(f"{who}: scale must not be 0.")
         for name, number, least in (
@@ -88,7 +88,7 @@ class AutoencoderKLCogVideoX(Autoencoder, name="autoencoder_kl_cogvideox"):
         self.factor, self.time_factor = 2 ** (len(channel_mult) - 1), time_factor
         self.scale, self.shift, self.pixel_range = scale, shift, pixel_range
         self.mode, self.chunk, self.max_rows, self.front_latents = mode, chunk, max_rows, front_latents
-        self.tile, self.tile_overlap = tile, tile_overlap
+        self.tile, self.tile_overlap, self.trains_on = tile, tile_overlap, trains_on
         cells(who, tile, tile_overlap, self.factor)
         levels = (channels, channel_mult, num_res_blocks, time_factor, dropout, norm_groups, checkpointing)
         self.encoder = CausalEncoder(in_channels, 2 * latent_channels, *levels)
@@ -97,7 +97,7 @@ class AutoencoderKLCogVideoX(Autoencoder, name="autoencoder_kl_cogvideox"):
     def encode(self, pixels: Tensor) -> Tensor:
         """``(B, c, f, h, w)`` to ``(B, latent_channels, (f - 1) / 4 + 1, h / 8, w / 8)``, with ``front_latents`` frames
         more; a picture ``(B, c, h, w)`` to one without frames."""
-        return self._with_front(self.scaled(self.posterior(pixels).mean), _is_clip(pixels))
+        return super().encode(pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
         """The way back of :meth:`encode`; values may lie a little beyond ``pixel_range``."""
@@ -107,7 +107,8 @@ class AutoencoderKLCogVideoX(Autoencoder, name="autoencoder_kl_cogvideox"):
         """Streaming, the latents of one chunk after the other, ``(B, latent_channels, n, h / 8, w / 8)``; no tiles."""
         self.latent_shape(pixels.shape[1:])
         for index, said in enumerate(_by_chunk(self.encoder, pixels, self.chunk * self.time_factor)):
-            yield self._with_front(self.scaled(DiagonalGaussian.of(said).mean), index == 0 and _is_clip(pixels))
+            latents = self._scaled(DiagonalGaussian.of(said).mean)
+            yield self._with_front(latents) if index == 0 and _is_clip(pixels) else latents
 
     def decode_by_chunk(self, latents: Tensor) -> Iterator[Tensor]:
         """Streaming, the frames of one chunk after the other, ``(B, c, n, h, w)``; no tiles."""
@@ -115,32 +116,17 @@ class AutoencoderKLCogVideoX(Autoencoder, name="autoencoder_kl_cogvideox"):
         latents = self._without_front(latents)
         yield from _by_chunk(lambda z, chunk: self.decoder(self._unscaled(z), chunk), latents, self.chunk)
 
-    def reconstruct(self, pixels: Tensor, keys: RowKeys | None = None) -> Reconstruction:
-        """Through a z that is drawn by the rows' keys, or through the mean without them.
-
-        The penalty ``kl`` is in nats per pixel value.
-        """
-        posterior = self.posterior(pixels)
-        z = posterior.mean
-        if keys is not None:
-            z = posterior.sample(upload(keys.normal("posterior", z.shape[1:]), z.device).to(z.dtype))
-        latents = self._with_front(self.scaled(z), _is_clip(pixels))
-        return Reconstruction(self.pixels(z), latents, {"kl": posterior.kl() / pixels[0].numel()})
-
     def posterior(self, pixels: Tensor) -> DiagonalGaussian:
-        """The distribution of z given pixels, neither scaled nor shifted."""
         self.latent_shape(pixels.shape[1:])
         chunk = self.chunk * self.time_factor
         return DiagonalGaussian.of(self._through(self.encoder, pixels, chunk, self.factor, 1))
 
     def pixels(self, z: Tensor) -> Tensor:
-        """Pixels of a code z, neither scaled nor shifted."""
         self._check_latents(z)
         return self._through(self.decoder, z, self.chunk, 1, self.factor)
 
-    def scaled(self, z: Tensor) -> Tensor:
-        """Latents from z."""
-        return (z - self.shift) * self.scale
+    def latents(self, z: Tensor) -> Tensor:
+        return self._with_front(self._scaled(z)) if _is_clip(z) else self._scaled(z)
 
     def latent_shape(self, pixel_shape: Sequence[int]) -> tuple[int, ...]:
         """As :meth:`FirstStage.latent_shape`.
@@ -171,9 +157,9 @@ class AutoencoderKLCogVideoX(Autoencoder, name="autoencoder_kl_cogvideox"):
         frames = [(n - 1) // t + 1 + (self.front_latents if n > 1 else 0) for n in frames]
         return (self.latent_channels, *frames, height // self.factor, width // self.factor)
 
-    def _with_front(self, latents: Tensor, is_clip: bool) -> Tensor:
+    def _with_front(self, latents: Tensor) -> Tensor:
         """A clip's latents with copies of the first in front."""
-        if not is_clip or not self.front_latents:
+        if not self.front_latents:
             return latents
         return torch.cat([latents[:, :, :1].expand(-1, -1, self.front_latents, -1, -1), latents], dim=2)
 
@@ -187,6 +173,9 @@ class AutoencoderKLCogVideoX(Autoencoder, name="autoencoder_kl_cogvideox"):
                 f"front; a clip has at least {self.front_latents + 1}."
             )
         return latents[:, :, self.front_latents :]
+
+    def _scaled(self, z: Tensor) -> Tensor:
+        return (z - self.shift) * self.scale
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         return latents / self.scale + self.shift
