@@ -165,6 +165,11 @@ def test_families_sample_in_small_and_guidance_moves_what_it_should(family):
         assert torch.equal(cond["concat"], cond.null["concat"])
 
 
+def test_every_family_trains_on_samples_of_its_first_stage_as_it_was_trained():
+    for file in sorted((ROOT / "configs" / "families").glob("*.yaml")):
+        assert load_config(file)["engine"]["first_stage"]["trains_on"] == "sample", file.name
+
+
 @pytest.mark.parametrize("family", ["cogvideox_1_5_5b", "cogvideox_1_5_5b_i2v"])
 def test_cogvideox_1_5_samples_81_frames_from_22_latents(family):
     with torch.device("meta"):

@@ -20,6 +20,7 @@ from vdiff.checkpoints import (
     read_weights,
     recognise,
     save_weights,
+    write,
 )
 from vdiff.checkpoints.architecture import Told, UntoldError, diffusers_stages, holds_sincos, patch_frames, stages
 from vdiff.checkpoints.changes import Made
@@ -256,6 +257,12 @@ def test_whole_numbers_come_before_halves(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "diffusion_pytorch_model.bin")
     save_weights(tmp_path / "diffusion_pytorch_model.fp16.safetensors", {"a": torch.ones(1).half()})
     assert open_weights(tmp_path)["a"].dtype == torch.float32
+
+
+def test_a_checkpoint_of_our_own_is_no_folder_of_diffusers(tmp_path):
+    """Though its weights are called as those of a text tower there."""
+    folder = write(tmp_path / "step-00000001", {"model": {"a": torch.ones(1)}}, {})
+    assert (folder / "model.safetensors").is_file() and not is_in_folders(folder)
 
 
 def test_a_folder_without_weights_says_what_is_in_it(tmp_path):
