@@ -253,7 +253,7 @@ def test_files_of_a_part_have_the_names_that_diffusers_gives(folder, index, shar
     assert same({name.removeprefix(begin): source[name] for name in source.header}, tensors)
 
 
-def test_whole_numbers_come_before_halves(tmp_path):
+def test_what_is_most_exact_is_taken(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "diffusion_pytorch_model.bin")
     save_weights(tmp_path / "diffusion_pytorch_model.fp16.safetensors", {"a": torch.ones(1).half()})
     assert open_weights(tmp_path)["a"].dtype == torch.float32

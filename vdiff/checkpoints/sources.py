@@ -89,7 +89,7 @@ def open_weights(path: str | Path) -> WeightSource:
     """A weight file, an index of shards, or a folder in diffusers' layout: of a pipeline, or of one part of it.
 
     In a pipeline a name begins with its folder and a slash: ``unet/conv_in.weight``. Of several files of a part the
-    most exact is taken: of whole numbers before halves, safetensors before torch's.
+    most exact is taken, one of no variant before fp16 and bf16, and of these safetensors before torch's.
 
     Raises:
         WeightFileError: not there, not such a file, or damaged.
