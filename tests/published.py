@@ -53,6 +53,8 @@ MODELS = {
     "resampler": (lambda: Resampler(16, 12, 4, 8, 2, 2, 4), {}),
     "t5_text": (lambda: T5TextEmbedder(T5, length=6), {}),
 }
+# Of a layout whose marks the one above lacks.
+MODELS_OF_LAYOUT = {("lvdm_unet", "dynamicrafter_256"): lambda: LVDMUNet(**UNET)}
 FAMILY = {family.name: family for family in FAMILIES}
 LAYOUTS = [(family.name, layout.name) for family in FAMILIES for layout in family.layouts]
 
@@ -60,6 +62,7 @@ LAYOUTS = [(family.name, layout.name) for family in FAMILIES for layout in famil
 def weights(name, layout="vdiff", prefix=""):
     """Of a family in a layout; no two tensors are alike."""
     build, given = MODELS[name]
+    build = MODELS_OF_LAYOUT.get((name, layout), build)
     generator = torch.Generator().manual_seed(0)
     state = build().state_dict()
     drawn = {v.data_ptr(): torch.randn(v.shape, generator=generator) for v in state.values()}  # tied ones are one

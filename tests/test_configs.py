@@ -133,6 +133,14 @@ SMALL = {
         ],
         {"caption": torch.tensor([[5, 6, 1], [7, 1, 0]]), "image": PICTURE},
     ),
+    "cogvideox_1_5_5b_i2v": (  # three latents, and one in front to fill patches of two
+        [
+            f"conditioner.embedders.0.arch={T5}", "conditioner.embedders.0.length=6",
+            *(f"denoiser.network.{x}" for x in ("width=32", "depth=1", "num_heads=2", "text_dim=16", "text_length=6")),
+            "first_stage.time_factor=2", "sample_shape=[3, 5, 16, 16]",
+        ],
+        {"caption": torch.tensor([[5, 6, 1], [7, 1, 0]]), "image": PICTURE},
+    ),
 }  # fmt: skip
 
 
@@ -174,15 +182,28 @@ def test_svd_samples_as_released(family, frames, steps, scales):
     assert (engine["guider"]["min_scale"], engine["guider"]["max_scale"]) == scales
 
 
-@pytest.mark.parametrize("family, latents", [("cogvideox_5b_i2v", 13), ("cogvideox_1_5_5b_i2v", 22)])
+@pytest.mark.parametrize("family, latents, of_nine", [("cogvideox_5b_i2v", 13, 3), ("cogvideox_1_5_5b_i2v", 22, 4)])
 @pytest.mark.parametrize("fewer", [False, True])
-def test_the_latents_of_a_picture_have_the_frames_of_the_videos(family, latents, fewer):
-    """(F - 1) / 4 + 1, whatever F the config is overridden with."""
+def test_the_latents_of_a_picture_have_the_frames_of_the_videos(family, latents, of_nine, fewer):
+    """(F - 1) / 4 + 1, and in 1.5 one in front, whatever F the config is overridden with."""
     lines = ["engine.sample_shape=[3, 9, 480, 720]"] if fewer else []
     with torch.device("meta"):
         engine = build(load_config(ROOT / "configs" / "families" / f"{family}.yaml", overrides=lines)["engine"])
     picture = engine.conditioner.embedders[1]
-    assert picture._num_latents((1, 3, 480, 720), picture.frames) == (3 if fewer else latents)
+    assert picture._num_latents((1, 3, 480, 720), picture.frames) == (of_nine if fewer else latents)
+
+
+def test_every_family_trains_on_samples_of_its_first_stage_as_it_was_trained():
+    for file in sorted((ROOT / "configs" / "families").glob("*.yaml")):
+        assert load_config(file)["engine"]["first_stage"]["trains_on"] == "sample", file.name
+
+
+@pytest.mark.parametrize("family", ["cogvideox_1_5_5b", "cogvideox_1_5_5b_i2v"])
+def test_cogvideox_1_5_samples_81_frames_from_22_latents(family):
+    with torch.device("meta"):
+        engine = build(load_config(ROOT / "configs" / "families" / f"{family}.yaml")["engine"], "engine")
+    assert engine.sample_shape == (3, 81, 768, 1360)
+    assert engine.first_stage.latent_shape(engine.sample_shape) == (16, 22, 96, 170)
 
 
 def test_svd_is_told_and_read_as_published():

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from memory import Live
-from published import FAMILY, LAYOUTS, MODELS, same, weights
+from published import FAMILY, LAYOUTS, MODELS, MODELS_OF_LAYOUT, same, weights
 
 from vdiff.checkpoints import (
     KeyMapError,
@@ -15,10 +15,12 @@ from vdiff.checkpoints import (
     WeightFileError,
     architecture,
     convert_checkpoint,
+    is_in_folders,
     open_weights,
     read_weights,
     recognise,
     save_weights,
+    write,
 )
 from vdiff.checkpoints.architecture import Told, UntoldError, diffusers_stages, holds_sincos, patch_frames, stages
 from vdiff.checkpoints.changes import Made
@@ -134,11 +136,15 @@ def test_weights_go_through_all_layouts_and_come_back_bit_for_bit(name, is_bare,
     assert same(read_weights(at), tensors)
 
 
-@pytest.mark.parametrize("name, layout", [("lvdm_unet", "dynamicrafter"), ("sv4d_unet", "sgm")])
+@pytest.mark.parametrize(
+    "name, layout", [("lvdm_unet", "dynamicrafter"), ("lvdm_unet", "dynamicrafter_256"), ("sv4d_unet", "sgm")]
+)
 def test_the_other_layouts_of_originals_lead_back_as_well(name, layout, tmp_path):
     save_weights(tmp_path / "a.safetensors", weights(name, layout, LDM))
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "vdiff")
-    assert same(read_weights(tmp_path / "b.safetensors"), weights(name, prefix="denoiser.network."))
+    (part,) = recognise(open_weights(tmp_path / "b.safetensors").header).parts
+    ours = MODELS_OF_LAYOUT.get((name, layout), MODELS[name][0])().state_dict()
+    assert (part.family.name, part.layout) == (name, "vdiff") and part.names.keys() == ours.keys()
     convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", layout)
     assert same(read_weights(tmp_path / "c.safetensors"), weights(name, layout, LDM))
 
@@ -197,6 +203,75 @@ def test_a_pipelines_folders_may_hold_torch_files_and_halves(tmp_path):
     whole |= weights("clip_text", "sgm", "conditioner.embedders.0.")
     whole |= {n: v.half() for n, v in weights("open_clip_text", "sgm", "conditioner.embedders.1.").items()}
     assert same(read_weights(tmp_path / "b.safetensors"), whole)
+
+
+@pytest.mark.parametrize("name, family", [("unet", "unet"), ("vae", "autoencoder_kl"), ("controlnet", "controlnet")])
+def test_a_folder_of_one_part_is_read_like_its_file(name, family, tmp_path):
+    """As autoencoders and ControlNets are published alone."""
+    tensors = weights(family, "diffusers")
+    save_weights(tmp_path / name / "diffusion_pytorch_model.safetensors", tensors)
+    (tmp_path / name / "config.json").write_text("{}")
+    assert is_in_folders(tmp_path / name)
+    (part,) = recognise(open_weights(tmp_path / name).header).parts
+    assert (part.family.name, part.layout, part.prefix) == (family, "diffusers", "")
+    convert(tmp_path / name, tmp_path / "b.safetensors", "vdiff")
+    assert same(read_weights(tmp_path / "b.safetensors"), weights(family))
+
+
+@pytest.mark.parametrize(
+    "index, shard",
+    [
+        ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model-{}.safetensors"),
+        ("diffusion_pytorch_model.safetensors.index.fp16.json", "diffusion_pytorch_model.fp16-{}.safetensors"),
+        ("diffusion_pytorch_model.safetensors.fp16.index.json", "diffusion_pytorch_model-{}.fp16.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model-{}.bin"),
+        ("pytorch_model.bin.index.fp16.json", "pytorch_model.fp16-{}.bin"),
+        (None, "diffusion_pytorch_model.fp16{}.bin"),
+        (None, "diffusion_pytorch_model.bf16{}.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("folder", ["unet", "."])
+def test_files_of_a_part_have_the_names_that_diffusers_gives(folder, index, shard, tmp_path):
+    tensors = weights("unet", "diffusers")
+    names = sorted(tensors)
+    pieces = [names[::2], names[1::2]] if index else [names]
+    places = {}
+    for n, piece in enumerate(pieces):
+        file = tmp_path / folder / shard.format(f"0000{n + 1}-of-00002" if index else "")
+        held = {name: tensors[name] for name in piece}
+        if file.suffix == ".bin":
+            file.parent.mkdir(exist_ok=True)
+            torch.save(held, file)
+        else:
+            save_weights(file, held)
+        places |= dict.fromkeys(piece, file.name)
+    if index:
+        (tmp_path / folder / index).write_text(json.dumps({"weight_map": places}))
+        assert same(read_weights(tmp_path / folder / index), tensors)
+    source = open_weights(tmp_path)
+    begin = "" if folder == "." else "unet/"
+    assert same({name.removeprefix(begin): source[name] for name in source.header}, tensors)
+
+
+def test_what_is_most_exact_is_taken(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "diffusion_pytorch_model.bin")
+    save_weights(tmp_path / "diffusion_pytorch_model.fp16.safetensors", {"a": torch.ones(1).half()})
+    assert open_weights(tmp_path)["a"].dtype == torch.float32
+
+
+def test_a_checkpoint_of_our_own_is_no_folder_of_diffusers(tmp_path):
+    """Though its weights are called as those of a text tower there."""
+    folder = write(tmp_path / "step-00000001", {"model": {"a": torch.ones(1)}}, {})
+    assert (folder / "model.safetensors").is_file() and not is_in_folders(folder)
+
+
+def test_a_folder_without_weights_says_what_is_in_it(tmp_path):
+    save_weights(tmp_path / "unet" / "weights.safetensors", {"a": torch.ones(1)})
+    with pytest.raises(WeightFileError, match=r"nor in unet, .*There is: unet/weights\.safetensors\. A file"):
+        open_weights(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightFileError, match="There is: nothing"):
+        open_weights(tmp_path / "empty")
 
 
 def test_shards_are_written_and_read(tmp_path):

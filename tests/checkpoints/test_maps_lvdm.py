@@ -45,6 +45,10 @@ def test_dynamicrafter_spells_one_word_otherwise():
     weights = LVDMUNet(**SMALL).state_dict()
     there = there_and_back(dynamicrafter(), weights)
     assert set(there) == {name.replace("temopral", "temporal") for name in weights}
+    there = there_and_back(dynamicrafter("framestride_embed"), weights)
+    assert {name.replace("framestride_embed", "fps_embedding") for name in there} == {
+        name.replace("temopral", "temporal") for name in weights
+    }
 
 
 @pytest.mark.parametrize("factors", [(2,), (1, 2), (1,)])

@@ -123,6 +123,10 @@ WHOLE = {
         NETWORK: "lvdm_unet", STAGE: "autoencoder_kl", "cond_stage_model.": "open_clip_text",
         "embedder.": "open_clip_image", "image_proj_model.": "resampler",
     },
+    "dynamicrafter_256": {
+        NETWORK: "lvdm_unet", STAGE: "autoencoder_kl", "cond_stage_model.": "open_clip_text",
+        "embedder.": "open_clip_image", "image_proj_model.": "resampler",
+    },
     "sgm": {
         NETWORK: "unet", STAGE: "autoencoder_kl", f"{SECOND}0.": "clip_text", f"{SECOND}1.": "open_clip_text",
     },

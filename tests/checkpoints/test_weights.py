@@ -164,7 +164,7 @@ def test_shards_are_joined_and_never_leave_their_folder(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
     assert set(read_weights(index)) == {"a", "b"}
     absolute = str(tmp_path / "outside.safetensors")
-    for shard in ("../outside.safetensors", absolute, "x/../two.safetensors", "two.safetensors\0", "..", "two.bin"):
+    for shard in ("../outside.safetensors", absolute, "x/../two.safetensors", "two.safetensors\0", "..", "two.pt"):
         index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": shard}}))
         with pytest.raises(UnsafeFileError, match="beside its index"):
             read_weights(index)

@@ -77,6 +77,12 @@ def test_inspect_says_family_parameters_types_and_unknown_keys(tmp_path, capsys)
     capsys.readouterr()
     assert run("inspect", tmp_path / "b") == 0
     assert "family: unet, in the layout diffusers" in capsys.readouterr().out
+    assert run("inspect", tmp_path / "b" / "unet") == 0
+    assert "family: unet, in the layout diffusers" in capsys.readouterr().out
+    assert run("convert", tmp_path / "b" / "unet", tmp_path / "c.safetensors") == 0
+    assert same(read_weights(tmp_path / "c.safetensors"), {n.removeprefix(LDM): v for n, v in half.items()})
+    (tmp_path / "d").mkdir()
+    assert run("inspect", tmp_path / "d") == 2 and "There is: nothing" in capsys.readouterr().err
     save_weights(file, {"head.weight": torch.zeros(1)})
     assert run("inspect", file) == 0 and "family: none" in capsys.readouterr().out
 

@@ -11,6 +11,7 @@ from vdiff.conditioners import ClassLabelEmbedder, EmbedderConditioner
 from vdiff.data import Digits, Loader
 from vdiff.denoisers import EDMDenoiser, EpsilonDenoiser, GaussianDenoiser, VDenoiser
 from vdiff.engine import DiffusionEngine
+from vdiff.first_stages import AutoencoderKL
 from vdiff.hooks import is_port_key
 from vdiff.losses import MSELoss
 from vdiff.mixins import LoRA, RefModel
@@ -19,6 +20,7 @@ from vdiff.process import (
     CosineSchedule,
     EDMSchedule,
     LogNormalSigmaSampler,
+    RowKeys,
     StratifiedSigmaSampler,
     UndefinedParameterizationError,
     UniformIndexSigmaSampler,
@@ -245,6 +247,26 @@ def test_mixins_attach_in_order_and_come_off_bit_for_bit(loader):
     assert [k for k in plain.state_dict() if k in keys] == keys
     lora.detach()
     assert torch.equal(plain.sample({"label": [1, 2]}), want) and list(plain.state_dict()) == keys
+
+
+@pytest.mark.parametrize("trains_on", ["mean", "sample"])
+def test_it_trains_on_what_the_first_stage_says(trains_on):
+    """And a preference pair, whose rows have one key, on one draw of noise."""
+    sizes = dict(channels=8, channel_mult=(1,), num_res_blocks=1, norm_groups=4, latent_channels=1)
+    engine = make(first_stage=AutoencoderKL(1, **sizes, trains_on=trains_on))
+    batch = Loader(Digits("train"), 4).batch(0)
+    pixels = batch["image"]
+    with torch.no_grad():
+        posterior = engine.first_stage.posterior(pixels)
+        x0 = posterior.mean if trains_on == "mean" else posterior.drawn(RowKeys.of(batch))
+        level, noise = engine.draw(x0, batch)
+        expected = engine.loss(
+            engine.denoiser(level.mix(x0, noise), level, engine.conditioner(batch)), x0, noise, level, batch
+        )
+        assert torch.equal(engine(batch).per_row, expected.per_row)
+        keys = RowKeys(0, 0, (3, 3), (0, 0), 1)
+        twice = engine.first_stage.encode_for_training(pixels[:1].expand(2, -1, -1, -1), keys)
+        torch.testing.assert_close(twice[0], twice[1])
 
 
 def test_dpo_starts_at_ln_2(loader):

@@ -149,6 +149,35 @@ def test_what_is_drawn_in_training_belongs_to_the_row():
         assert torch.allclose(mean.penalties["kl"], model.posterior(x).kl() / (3 * 8 * 8))
 
 
+@pytest.mark.parametrize("name", ["autoencoder_kl", "temporal_decoder", "autoencoder_kl_cogvideox"])
+def test_a_diffusion_model_trains_on_the_mean_or_on_samples_of_the_same_gaussian(name):
+    """Drawn anew at every step and by the row's key: mean and spread are the posterior's, scaled and shifted."""
+    torch.manual_seed(0)
+    options = TINY | {"scale": 0.5, "shift": 0.25, "latent_channels": 4}
+    options |= {"time_factor": 2} if name == "autoencoder_kl_cogvideox" else {}
+    model = build({"type": name, **options}, "first_stage").eval()
+    x = draw(2, 3, 8, 8) if name == "autoencoder_kl" else draw(2, 3, 1, 8, 8)
+
+    def drawn(step, keys=(5, 6), rows=x):
+        places = tuple(range(len(keys)))
+        return model.encode_for_training(rows, RowKeys(1, step, keys, places, len(keys)))
+
+    with torch.no_grad():
+        mean, q = model.encode(x), model.posterior(x)
+        assert torch.equal(drawn(0), mean)
+        model.trains_on = "sample"
+        assert torch.equal(model.encode(x), mean)
+        noise = RowKeys(1, 0, (5, 6), (0, 1), 2).normal("posterior", q.mean.shape[1:])
+        torch.testing.assert_close(drawn(0), (q.sample(noise) - 0.25) * 0.5)
+        torch.testing.assert_close(drawn(0, (6,), x[1:]), drawn(0)[1:], rtol=1e-4, atol=1e-5)
+        z = torch.stack([drawn(step) for step in range(100)])
+    std = 0.5 * (0.5 * q.log_variance).exp()
+    assert ((z.mean(0) - mean) / std).abs().mean() < 0.12  # sqrt(2 / pi / 100) = 0.08 for a Gaussian
+    assert (z.std(0) / std).mean().item() == pytest.approx(1, abs=0.03)
+    with pytest.raises(ValueError, match="trains_on is 'mean' or 'sample'.*got 'mode'"):
+        type(model)(**TINY, trains_on="mode")
+
+
 # --- scale, shapes, videos -----------------------------------------------------------------------
 
 

@@ -230,6 +230,81 @@ def test_all_that_a_streaming_decode_keeps_is_its_output():
     assert peaks[1] - peaks[0] <= 2 * output  # the parts, and then all in one
 
 
+# --- a latent in front ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["whole", "streaming"])
+def test_a_latent_in_front_is_the_first_again_and_is_not_decoded(mode):
+    """CogVideoX 1.5: diffusers decodes ``latents[:, additional_frames:]``, SAT ``z[:, :, 1:]``. To drop the first four
+    frames instead is something else, for the others then have seen what is dropped."""
+    ours, other = twin()
+    if mode == "whole":
+        other.num_sample_frames_batch_size = other.num_latent_frames_batch_size = 1000
+    model = tiny(front_latents=1, mode=mode)
+    model.load_state_dict(ours.state_dict())
+    ours.mode = mode
+    x, z = draw(1, 3, 9, *SIZE), draw(1, 4, 6, 2, 2)
+    with torch.no_grad():
+        assert torch.equal(model.encode(x), torch.cat([ours.encode(x)[:, :, :1], ours.encode(x)], 2))
+        assert model.encode(x).shape[1:] == model.latent_shape((3, 9, *SIZE)) == (4, 4, 2, 2)
+        assert torch.equal(model.decode(model.encode(x)), ours.decode(ours.encode(x)))
+        video, expected = model.decode(z), other.decode(z[:, :, 1:]).sample
+        assert video.shape[2] == 17 and (video - expected).abs().max() < 1e-5
+        assert (ours.decode(z)[:, :, 4:] - video).std() > 0.1 * video.std()
+        for picture in (x[:, :, 0], x[:, :, :1]):
+            assert torch.equal(model.encode(picture), ours.encode(picture))
+            assert model.encode(picture).shape[1:] == model.latent_shape(picture.shape[1:])
+            assert torch.equal(model.decode(ours.encode(picture)), ours.decode(ours.encode(picture)))
+
+
+@pytest.mark.parametrize("time_factor, frames", [(1, 6), (4, 13)])
+def test_chunks_have_it_once(time_factor, frames):
+    model, x = tiny(front_latents=2, chunk=1, time_factor=time_factor), draw(1, 3, frames, *SIZE)
+    with torch.no_grad():
+        z = torch.cat(list(model.encode_by_chunk(x)), 2)
+        assert torch.equal(z, model.encode(x)) and torch.equal(z[:, :, 0], z[:, :, 2])
+        assert torch.equal(torch.cat(list(model.decode_by_chunk(z)), 2), model.decode(z))
+        assert model.decode(z).shape == x.shape and model.reconstruct(x).latents.shape == z.shape
+        with pytest.raises(ValueError, match="2 frames of latents, of which 2 stand in front; a clip has at least 3"):
+            model.decode(z[:, :, :2])
+
+
+def test_what_is_drawn_stands_in_front_as_it_was_drawn():
+    model, x = tiny(front_latents=1, trains_on="sample"), draw(1, 3, 9, *SIZE)
+    with torch.no_grad():
+        z = model.encode_for_training(x, RowKeys(seed=1, step=2, keys=(5,), position=(0,), global_size=1))
+    assert z.shape[2] == 4 and torch.equal(z[:, :, 0], z[:, :, 1]) and not torch.equal(z, model.encode(x))
+
+
+@pytest.mark.parametrize("has_picture", [False, True])
+def test_a_network_with_patches_of_two_latents_learns_from_odd_clips_and_samples_them(has_picture):
+    """81 frames are 21 latents; here 9 are 3."""
+    embedders = [{"type": "field", "reads": "text", "feeds": "cross_attention"}]
+    if has_picture:
+        embedders.append({"type": "image_latents", "reads": "image", "frames": 4, "fill": "zero", "null": "same"})
+    network = {
+        "type": "cogvideox", "in_channels": 8 if has_picture else 4, "out_channels": 4, "width": 64, "depth": 1,
+        "num_heads": 2, "patch_size": (2, 2, 2), "text_dim": 8, "positions": "rotary", "emb_dim": 16,
+        "trained_size": None,
+    }  # fmt: skip
+    engine = build(
+        {
+            "type": "diffusion", "input_key": "video", "sample_shape": (3, 9, *SIZE),
+            "first_stage": {"type": "autoencoder_kl_cogvideox", "front_latents": 1} | TINY,
+            "conditioner": {"type": "embedders", "embedders": embedders},
+            "schedule": {"type": "zero_snr"}, "sigma_sampler": {"type": "uniform_index"},
+            "denoiser": {"type": "v", "network": network}, "loss": {"type": "mse"},
+            "sampler": {"type": "ddim", "num_steps": 2, "discretizer": {"type": "trailing"}},
+        },
+        "engine",
+    )  # fmt: skip
+    video = draw(2, 3, 9, *SIZE)
+    told = {"text": draw(2, 5, 8)} | ({"image": video[:, :, 0]} if has_picture else {})
+    engine({"video": video, "noise_key": torch.arange(2), "step": 0} | told).per_row.mean().backward()
+    assert all(p.grad is not None for p in engine.denoiser.parameters())
+    assert engine.sample(told).shape == video.shape and engine.sample(told, decode=False).shape[2] == 4
+
+
 # --- shapes, options, errors ---------------------------------------------------------------------
 
 
@@ -254,6 +329,7 @@ def test_a_clip_has_4_k_plus_1_frames_and_an_error_says_the_nearest():
     [
         (dict(scale=0.0), "scale must not be 0"),
         (dict(chunk=0), "chunk must be at least 1"),
+        (dict(front_latents=-1), "front_latents must be at least 0"),
         (dict(time_factor=3), "by which time can shrink 1, 2, 4, 8 times, got 3"),
         (dict(tile=12), "multiples of 8 pixels"),
     ],

@@ -38,8 +38,8 @@ def test_decoding_depends_on_the_word_alone():
     torch.nn.init.normal_(model.quantize.embedding.weight)
     z = model.quantize.words(model.quantize(draw(1, 3, 4, 4)))
     with torch.no_grad():
-        assert torch.allclose(model.decode(model.scaled(z)), model.decode(model.scaled(z + 1e-3)))
-        assert torch.allclose(model.decode(model.scaled(z)), model.pixels(z), atol=1e-6)
+        assert torch.allclose(model.decode(model.latents(z)), model.decode(model.latents(z + 1e-3)))
+        assert torch.allclose(model.decode(model.latents(z)), model.pixels(z), atol=1e-6)
 
 
 def test_the_gradient_passes_the_codebook_as_if_it_were_not_there():

@@ -64,6 +64,12 @@ def test_a_folder_of_diffusers_does_as_well(engine, file, tmp_path):
     filled(engine)
 
 
+def test_a_folder_of_one_part_fills_that_part(engine, file, tmp_path):
+    save_weights(tmp_path / "vae/diffusion_pytorch_model.safetensors", weights("autoencoder_kl", "diffusers"))
+    initialize(engine, [InitEntry(file, ignore=["first_stage.*"]), InitEntry(tmp_path / "vae", "first_stage")])
+    filled(engine)
+
+
 def test_files_of_parts_are_put_where_they_belong(engine, file, tmp_path):
     """As CogVideoX is published: one file each, here with a loss beside the autoencoder."""
     save_weights(tmp_path / "vae.safetensors", weights("autoencoder_kl") | {"loss.logvar": torch.zeros(1)})

@@ -9,7 +9,7 @@ from vdiff.checkpoints.parts import read_part, read_parts, translated
 from vdiff.checkpoints.published import PublishedReport, check_published, load_published
 from vdiff.checkpoints.recognition import Part, Recognised, UnknownFamilyError, is_by_others, recognise
 from vdiff.checkpoints.runs import find_checkpoint, read_run_weights
-from vdiff.checkpoints.sources import WeightSource, is_pipeline, open_weights
+from vdiff.checkpoints.sources import WeightSource, is_in_folders, open_weights
 from vdiff.checkpoints.store import (
     DamagedCheckpointError,
     newest_valid,
@@ -53,7 +53,7 @@ __all__ = [
     "convert_checkpoint",
     "find_checkpoint",
     "is_by_others",
-    "is_pipeline",
+    "is_in_folders",
     "load_into",
     "load_published",
     "newest_valid",

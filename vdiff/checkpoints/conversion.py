@@ -54,7 +54,8 @@ def convert(
 
     Args:
         out: File; for diffusers a folder, where the checkpoint is not one part alone.
-        to: Layout, ``vdiff``, ``diffusers``, ``ldm``, ``sgm``, ``sat``, ``lvdm`` or ``dynamicrafter``.
+        to: Layout, ``vdiff``, ``diffusers``, ``ldm``, ``sgm``, ``sat``, ``lvdm``, ``dynamicrafter`` or
+            ``dynamicrafter_256``.
         parts: Families to take. By default all, and then every other name is an error.
         ignore: How names begin that are left out.
         weights: ``ema`` takes the exponential average where the file has one, ``raw`` does not.

@@ -28,7 +28,7 @@ from vdiff.checkpoints.architecture import (
 from vdiff.checkpoints.changes import Made
 from vdiff.checkpoints.keymap import KeyMap, KeyMapError
 from vdiff.checkpoints.maps import autoencoder, cogvideox, controlnet, lvdm, towers, unet
-from vdiff.checkpoints.places import prefix
+from vdiff.checkpoints.places import CRAFTERS, prefix
 
 SAME = KeyMap([("*", "*")])
 
@@ -196,6 +196,9 @@ FAMILIES = (
     ),
     _family(
         "lvdm_unet", ("network",), (*LDM, OVER_TIME),
+        Layout(
+            "dynamicrafter_256", (*LDM, r"framestride_embed\."), lambda told: lvdm.dynamicrafter("framestride_embed")
+        ),
         Layout("dynamicrafter", (*LDM, r"input_blocks\.\d+\.0\.temporal_conv\."), lambda told: lvdm.dynamicrafter()),
         Layout("diffusers", (*DIFFUSERS, r"down_blocks\.0\.temp_convs\."), _unet_3d),
         same=("lvdm",),
@@ -254,7 +257,7 @@ FAMILIES = (
     _family(
         "autoencoder_kl", ("first_stage", "condition_stage"), KL,
         Layout("diffusers", DIFFUSERS_KL, lambda told: autoencoder.autoencoder_kl(num_levels(told))),
-        same=("sgm", "ldm", "lvdm", "dynamicrafter"),
+        same=("sgm", "ldm", *CRAFTERS),
     ),
     Family(
         "clip_text", ("text",),
@@ -267,7 +270,7 @@ FAMILIES = (
     _family(
         "open_clip_text", ("text",), (rf"model\.{OPEN_CLIP}",),
         Layout("diffusers", (CLIP,), lambda told: towers.open_clip_text()),
-        same=("sgm", "ldm", "lvdm", "dynamicrafter"),
+        same=("sgm", "ldm", *CRAFTERS),
     ),
     Family(
         "open_clip_image", ("picture", "tokens_tower"),
@@ -275,14 +278,14 @@ FAMILIES = (
             Layout("vdiff", (rf"model\.visual\.{OPEN_CLIP}",), _same),
             Layout(
                 "sgm", (rf"model\.visual\.{OPEN_CLIP}",), lambda told: towers.image_in_original(),
-                ("lvdm", "dynamicrafter"),
+                CRAFTERS,
             ),
             Layout("diffusers", (r"vision_model\.encoder\.layers\.0\.",), lambda told: towers.open_clip_image()),
         ),
     ),
     _family(
         "resampler", ("tokens",), (r"latents$", r"layers\.0\.0\.to_kv\.weight", r"norm_out\."),
-        same=("lvdm", "dynamicrafter"),
+        same=CRAFTERS,
     ),
     _family(
         "t5_text", ("text",), (r"transformer\.encoder\.block\.0\.layer\.0\.SelfAttention\.q\.",),

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 
-ORIGINALS = ("sgm", "ldm", "lvdm", "dynamicrafter", "sat")
-CRAFTERS = ("lvdm", "dynamicrafter")
+CRAFTERS = ("lvdm", "dynamicrafter", "dynamicrafter_256")
+ORIGINALS = ("sgm", "ldm", *CRAFTERS, "sat")
 EMBEDDER = "conditioner.embedders.{n}."
 
 # By slot and layout; several are of the first, the second, ...

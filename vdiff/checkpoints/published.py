@@ -176,12 +176,7 @@ def _fit(
             missing += part.names.values()
             continue
         plan = Translation(source, came, "vdiff", weights, given)
-        is_shared = came.slot == "condition_stage" and came.layout == "diffusers"  # its decoder is the data's
-        own = {
-            n: full
-            for n, full in part.names.items()
-            if n in plan.described and full not in ignored and not (is_shared and _any(full, idle))
-        }
+        own = {n: full for n, full in part.names.items() if n in plan.described and full not in ignored}
         missing += [full for n, full in part.names.items() if n not in own]
         taken = [n for n, full in part.names.items() if n in plan.origin and (n in own or full in ignored)]
         used |= {came.names[inner] for n in taken for inner in plan.origin[n]} | set(plan.left_out)

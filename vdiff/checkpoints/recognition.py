@@ -227,7 +227,7 @@ def _agreeing(parts: list[Part]) -> list[Part]:
 
 def _shared(parts: list[Part]) -> list[Part]:
     """And, in diffusers' pipeline of Stable Video Diffusion, the condition's first stage, which shares the encoder with
-    the data's."""
+    the data's. :func:`vdiff.checkpoints.conversion.convert` makes one of the two again."""
     by_slot = {part.slot: part for part in parts}
     stage, is_whole = by_slot.get("first_stage"), {"network", "picture"} <= by_slot.keys()
     if stage is None or not is_whole or stage.family.name != "temporal_decoder" or stage.layout != "diffusers":

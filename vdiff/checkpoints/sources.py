@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdiff.checkpoints.store import MANIFEST
 from vdiff.checkpoints.weights import (
     DTYPES,
     TORCH_SUFFIXES,
@@ -25,7 +26,18 @@ FROM_CODE = {code: dtype for dtype, code in DTYPES.items()}
 # Of a pipeline in diffusers' layout, and what the weights in one are called.
 FOLDERS = ("unet", "transformer", "vae", "vqvae", "controlnet", "text_encoder", "text_encoder_2", "image_encoder")
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".fp16.safetensors")
+VARIANTS = ("", ".fp16", ".bf16")  # the most exact first
+FILES = tuple(
+    stem + end
+    for variant in VARIANTS
+    for stem in STEMS
+    for kind in (".safetensors", ".bin")
+    for end in (
+        f"{variant}{kind}",
+        f"{kind}.index{variant}.json",
+        *([f"{kind}{variant}.index.json"] if variant else []),  # as diffusers once wrote it
+    )
+)
 
 
 class WeightSource:
@@ -74,9 +86,10 @@ class WeightSource:
 
 
 def open_weights(path: str | Path) -> WeightSource:
-    """A weight file, an index of shards, or a folder of a pipeline in diffusers' layout.
+    """A weight file, an index of shards, or a folder in diffusers' layout: of a pipeline, or of one part of it.
 
-    In a pipeline a name begins with its folder and a slash: ``unet/conv_in.weight``.
+    In a pipeline a name begins with its folder and a slash: ``unet/conv_in.weight``. Of several files of a part the
+    most exact is taken, one of no variant before fp16 and bf16, and of these safetensors before torch's.
 
     Raises:
         WeightFileError: not there, not such a file, or damaged.
@@ -84,54 +97,72 @@ def open_weights(path: str | Path) -> WeightSource:
     """
     path = Path(path)
     if path.is_dir():
-        found = {f"{folder}/": file for folder in FOLDERS if (file := _weights_in(path / folder))}
-        if not found:
-            raise WeightFileError(f"{path}: no weights in {', '.join(FOLDERS)} below it.")
+        if not (found := _parts_in(path)):
+            near = [file for depth in ("*", "*/*") for file in path.glob(depth) if file.is_file()]
+            below = sorted(str(file.relative_to(path)) for file in near)
+            there = f"{', '.join(below[:8])}{', ...' if len(below) > 8 else ''}" or "nothing"
+            raise WeightFileError(
+                f"{path}: no weights as diffusers names them ({', '.join(FILES[:3])}, ...), neither here nor in "
+                f"{', '.join(FOLDERS)} below. There is: {there}. A file by another name is opened by that name."
+            )
         parts = {prefix: open_weights(file) for prefix, file in found.items()}
         places = {p + name: place for p, part in parts.items() for name, place in part._places.items()}
         header = {p + name: value for p, part in parts.items() for name, value in part.header.items()}
         return WeightSource(path, places, header)
-    if path.suffix == ".safetensors" and path.is_file():
-        return _safetensors(path, {path: None})
     if path.suffix == ".json" and path.is_file():
         shards: dict[Path, set[str]] = {}
         for name, file in read_shard_index(path).items():
             shards.setdefault(file, set()).add(name)
-        return _safetensors(path, shards)
-    if path.suffix in TORCH_SUFFIXES and path.is_file():
-        header = {name: value.to("meta") for name, value in _mapped(path).items()}
-        return WeightSource(path, {name: (path, name) for name in header}, header)
+        return _of_files(path, shards)
+    if path.suffix in (".safetensors", *TORCH_SUFFIXES) and path.is_file():
+        return _of_files(path, {path: None})
     return WeightSource(path, {}, read_weights(path))  # which says what is wrong
 
 
-def is_pipeline(path: str | Path) -> bool:
-    """Whether a folder holds weights in diffusers' folders."""
-    return any(_weights_in(Path(path) / folder) for folder in FOLDERS)
+def is_in_folders(path: str | Path) -> bool:
+    """Whether a folder holds weights in diffusers' layout, of a pipeline or of one part of it."""
+    return bool(_parts_in(Path(path)))
+
+
+def _parts_in(path: Path) -> dict[str, Path]:
+    """The file of every part of a folder, by what its names begin with."""
+    found = {f"{folder}/": file for folder in FOLDERS if (file := _weights_in(path / folder))}
+    if not found and (alone := _weights_in(path)):
+        return {"": alone}
+    return found
+
+
+def _weights_in(folder: Path) -> Path | None:
+    """None in a checkpoint of our own as well, which is read by its manifest."""
+    if (folder / MANIFEST).is_file():
+        return None
+    return next((folder / file for file in FILES if (folder / file).is_file()), None)
 
 
 def _mapped(file: Path) -> dict[str, Tensor]:
     return read_torch_weights(file, mmap=zipfile.is_zipfile(file))
 
 
-def _weights_in(folder: Path) -> Path | None:
-    files = [f"{stem}{end}" for stem in STEMS for end in ENDINGS]
-    return next((folder / file for file in files if (folder / file).is_file()), None)
-
-
-def _safetensors(path: Path, shards: Mapping[Path, set[str] | None]) -> WeightSource:
+def _of_files(path: Path, shards: Mapping[Path, set[str] | None]) -> WeightSource:
     places: dict[str, tuple[Path, str]] = {}
     header: dict[str, Tensor] = {}
     for file, wanted in sorted(shards.items()):
-        found = read_header(file)
+        found = _header_of(file)
         if wanted is not None and wanted != set(found):
             odd = sorted(wanted ^ set(found))
             raise WeightFileError(f"{file}: index and shard disagree on {len(odd)} tensors: {', '.join(odd[:4])}.")
-        for name, entry in found.items():
-            header[name] = _described(file, name, entry)
-            places[name] = (file, name)
+        header |= found
+        places |= {name: (file, name) for name in found}
     source = WeightSource(path, places, header)
     source.check()
     return source
+
+
+def _header_of(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a file on the meta device."""
+    if file.suffix in TORCH_SUFFIXES:
+        return {name: value.to("meta") for name, value in _mapped(file).items()}
+    return {name: _described(file, name, entry) for name, entry in read_header(file).items()}
 
 
 def _described(file: Path, name: str, entry: Any) -> Tensor:

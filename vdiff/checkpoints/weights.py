@@ -24,6 +24,7 @@ MAX_TENSORS = 100_000  # a million empty ones take half a minute to read
 # Where published files keep their weights, most telling first.
 ENVELOPES = ("state_dict", "model_state_dict", "model", "module", "params_ema", "params", "weights")
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+SHARDS = (".safetensors", ".bin")  # that an index may name
 
 DTYPES = {
     torch.float64: "F64",
@@ -57,8 +58,8 @@ def read_weights(file: str | Path, inside: str | None = None) -> dict[str, Tenso
     """The tensors of a weight file, by name, on the host.
 
     Args:
-        file: ``.safetensors``, an index of its shards (``.safetensors.index.json``), or
-            ``.ckpt``, ``.pt``, ``.pth``, ``.bin``.
+        file: ``.safetensors``, ``.ckpt``, ``.pt``, ``.pth``, ``.bin``, or an index of shards
+            (``.safetensors.index.json``, ``.bin.index.json``).
         inside: For torch files, the key under which the weights lie (``"model_ema"``), dots for
             levels. Default: the file itself if it maps names to tensors, else the first of
             ``state_dict``, ``model``, ``module``, ... that does.
@@ -237,10 +238,12 @@ def read_shard_index(index: str | Path) -> dict[str, Path]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, WeightFileError):
             raise
-        raise WeightFileError(f"{index}: not an index of safetensors shards ('weight_map'): {error!r}.") from error
+        raise WeightFileError(f"{index}: not an index of shards ('weight_map'): {error!r}.") from error
     for shard in sorted(set(places.values())):
-        if "\0" in shard or "\\" in shard or PurePosixPath(shard).name != shard or not shard.endswith(".safetensors"):
-            raise UnsafeFileError(f"{index}: shard {shard!r}; a shard is a .safetensors file beside its index.")
+        if "\0" in shard or "\\" in shard or PurePosixPath(shard).name != shard or not shard.endswith(SHARDS):
+            raise UnsafeFileError(
+                f"{index}: shard {shard!r}; a shard is a {' or '.join(SHARDS)} file beside its index."
+            )
         if not (index.parent / shard).is_file():
             raise WeightFileError(f"{index}: shard {shard!r} is missing; download it into {index.parent}.")
     return {name: index.parent / shard for name, shard in places.items()}
@@ -251,7 +254,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
         wanted = {name for name, place in places.items() if place == file}
-        found = _read_safetensors(file)
+        found = read_weights(file)
         if wanted != set(found):
             odd = sorted(wanted ^ set(found))
             raise WeightFileError(f"{file}: index and shard disagree on {len(odd)} tensors: {', '.join(odd[:4])}.")

@@ -14,7 +14,7 @@ from vdiff.checkpoints import (
     WeightFileError,
     WeightSource,
     convert_checkpoint,
-    is_pipeline,
+    is_in_folders,
     open_weights,
     recognise,
 )
@@ -33,7 +33,7 @@ from vdiff.mixins.formats.sat import separate
 from vdiff.registry import build, did_you_mean
 
 # Layouts of whole checkpoints alone, and those that adapters are written in as well.
-WHOLE = ("ldm", "sgm", "lvdm", "dynamicrafter")
+WHOLE = ("ldm", "sgm", "lvdm", "dynamicrafter", "dynamicrafter_256")
 BOTH = ("vdiff", "diffusers", "sat")
 ADAPTER_LEAVES = ("lora", ".matrix_A.", "hada_", "lokr_")
 
@@ -83,7 +83,7 @@ def convert(arguments: argparse.Namespace) -> int:
 def _checkpoint(source: Path, arguments: argparse.Namespace) -> WeightSource | None:
     """A whole checkpoint, or None for what is an adapter or meant as one."""
     is_meant = arguments.to in WHOLE or arguments.part or arguments.ignore or arguments.shard_size or arguments.given
-    if not is_meant and (arguments.to not in BOTH or (source.is_dir() and not is_pipeline(source))):
+    if not is_meant and (arguments.to not in BOTH or (source.is_dir() and not is_in_folders(source))):
         return None
     opened = open_weights(source)
     if is_meant:

@@ -17,7 +17,6 @@ from torch import Tensor
 from vdiff.checkpoints import (
     UnknownFamilyError,
     find_checkpoint,
-    is_pipeline,
     open_weights,
     read_metadata,
     read_weights,
@@ -43,7 +42,7 @@ OPTIONAL = {
 
 def inspect(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
-    if path.is_dir() and not is_pipeline(path):
+    if (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
         tensors = _inspect_run(path, arguments.allow_imports)
     else:
         tensors = dict(open_weights(path).header)  # names and shapes, no weights
@@ -105,8 +104,6 @@ def _inspect_run(run: Path, allow_imports: bool) -> dict[str, Tensor]:
     from vdiff.hooks import describe
 
     root = run / "checkpoints"
-    if not (run / "config.yaml").is_file() and not root.is_dir():
-        raise FileNotFoundError(f"{run} is neither a run (config.yaml, checkpoints) nor a weight file.")
     for step in sorted(steps(root)):
         problems = verify(root / f"step-{step:08d}")
         print(f"step {step}: {'; '.join(problems) if problems else 'valid'}")

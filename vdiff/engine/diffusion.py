@@ -84,7 +84,7 @@ class DiffusionEngine(Engine, name="diffusion"):
 
     def training_step(self, batch: Batch) -> LossValues:
         """One value per row; the trainer averages."""
-        x0 = self.first_stage.encode(batch[self.input_key])
+        x0 = self.first_stage.encode_for_training(batch[self.input_key], RowKeys.of(batch))
         cond = self.conditioner(batch)
         level, noise = self.draw(x0, batch)
         x0 = self.scaled(x0, level)

@@ -2,46 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from vdiff.first_stages.base import Reconstruction
 from vdiff.first_stages.convolutional import ConvolutionalAutoencoder
-from vdiff.process import RowKeys, upload
+from vdiff.first_stages.gaussian import DiagonalGaussian, GaussianAutoencoder, TrainsOn, check_trains_on
 
 
-@dataclass(frozen=True, eq=False)
-class DiagonalGaussian:
-    """A Gaussian with independent numbers.
-
-    Attributes:
-        mean, log_variance: In one shape, the first axis being rows; the log variance in [-30, 20].
-    """
-
-    mean: Tensor
-    log_variance: Tensor
-
-    @staticmethod
-    def of(moments: Tensor) -> DiagonalGaussian:
-        """From mean and log variance one after the other along axis 1."""
-        mean, log_variance = moments.chunk(2, dim=1)
-        return DiagonalGaussian(mean, log_variance.clamp(-30.0, 20.0))
-
-    def sample(self, noise: Tensor) -> Tensor:
-        """``mean + std * noise`` for standard Gaussian noise."""
-        return self.mean + (0.5 * self.log_variance).exp() * noise
-
-    def kl(self) -> Tensor:
-        r""":math:`\mathrm{KL}(\cdot \,\|\, N(0, 1)) = \frac12 \sum (\mu^2 + \sigma^2 - 1 - \log \sigma^2)` of each
-        row in nats, at least float32, ``(B,)``."""
-        dtype = torch.promote_types(self.mean.dtype, torch.float32)
-        mean, log_variance = self.mean.to(dtype), self.log_variance.to(dtype)
-        return 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
-
-
-class AutoencoderKL(ConvolutionalAutoencoder, name="autoencoder_kl"):
+class AutoencoderKL(ConvolutionalAutoencoder, GaussianAutoencoder, name="autoencoder_kl"):
     """Pictures to the mean of a Gaussian over latents, arXiv:2112.10752, section 3.1 with the KL penalty.
 
     By default that of Stable Diffusion 1 and 2, whose latents have ``scale=0.18215`` (0.13025 in SDXL). Published
@@ -56,27 +25,46 @@ class AutoencoderKL(ConvolutionalAutoencoder, name="autoencoder_kl"):
     32   ``(1, 1, 2, 2, 4, 4)``    64                ``(16, 32)``
     ==== ========================= ================= ===================
 
-    with ``quant_conv=False`` in SVD and since SD 3. The arguments are those of
-    :class:`vdiff.first_stages.convolutional.ConvolutionalAutoencoder`.
+    with ``quant_conv=False`` in SVD and since SD 3.
+
+    Args:
+        trains_on: What a diffusion model is trained on, the Gaussian's ``mean`` or a ``sample`` of it. Published models
+            were trained on samples. Conditions and what is edited are the mean's latents always.
+        in_channels, and all other arguments: See :class:`vdiff.first_stages.convolutional.ConvolutionalAutoencoder`.
     """
 
     code_factor = 2
-    penalties = {"kl": 1e-6}  # latent diffusion's weight
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        latent_channels: int = 4,
+        code_channels: int | None = None,
+        attention_factors: Sequence[int] = (),
+        mid_attention: bool = True,
+        dropout: float = 0.0,
+        norm_groups: int = 32,
+        quant_conv: bool = True,
+        scale: float = 1.0,
+        shift: float = 0.0,
+        pixel_range: tuple[float, float] = (-1.0, 1.0),
+        max_rows: int | None = None,
+        tile: int | None = None,
+        tile_overlap: int | None = None,
+        checkpointing: bool = False,
+        backend: str | None = None,
+        trains_on: TrainsOn = "mean",
+    ) -> None:
+        super().__init__(
+            in_channels, channels, channel_mult, num_res_blocks, latent_channels, code_channels, attention_factors,
+            mid_attention, dropout, norm_groups, quant_conv, scale, shift, pixel_range, max_rows, tile, tile_overlap,
+            checkpointing, backend,
+        )  # fmt: skip
+        check_trains_on(trains_on, type(self).__name__)
+        self.trains_on: TrainsOn = trains_on
 
     def posterior(self, pixels: Tensor) -> DiagonalGaussian:
-        """The distribution of z given pixels, neither scaled nor shifted."""
         return DiagonalGaussian.of(self.said(pixels))
-
-    def code(self, said: Tensor) -> Tensor:
-        return DiagonalGaussian.of(said).mean
-
-    def reconstruct(self, pixels: Tensor, keys: RowKeys | None = None) -> Reconstruction:
-        """Through a z that is drawn by the rows' keys, or through the mean without them.
-
-        The penalty ``kl`` is in nats per pixel value.
-        """
-        posterior = self.posterior(pixels)
-        z = posterior.mean
-        if keys is not None:
-            z = posterior.sample(upload(keys.normal("posterior", z.shape[1:]), z.device).to(z.dtype))
-        return Reconstruction(self.pixels(z), self.scaled(z), {"kl": posterior.kl() / pixels[0].numel()})

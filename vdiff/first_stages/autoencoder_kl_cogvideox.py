@@ -8,16 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vdiff.first_stages.autoencoder_kl import DiagonalGaussian
-from vdiff.first_stages.base import Autoencoder, Reconstruction
+from vdiff.first_stages.gaussian import DiagonalGaussian, GaussianAutoencoder, TrainsOn, check_trains_on
 from vdiff.first_stages.tiles import cells, tiled
 from vdiff.networks.causal import Chunk
 from vdiff.networks.causal_autoencoder import CausalDecoder, CausalEncoder
-from vdiff.process import RowKeys, upload
 
 
-class AutoencoderKLCogVideoX(Autoencoder, name="autoencoder_kl_cogvideox"):
+class AutoencoderKLCogVideoX(GaussianAutoencoder, name="autoencoder_kl_cogvideox"):
     """Clips of ``4 k + 1`` frames to ``k + 1`` frames of the mean of a Gaussian over latents.
+
+    With ``front_latents: 1`` they are ``k + 2``: where a patch of the network is of two frames (CogVideoX 1.5), the
+    first latent of a clip stands twice at its front, and decoding drops what stands there. A picture stays one.
 
     The first frame stands for itself, so a picture is a clip of one. No layer looks ahead, and a clip goes through in
     one of two modes, which may be changed at any time:
@@ -39,14 +40,15 @@ class AutoencoderKLCogVideoX(Autoencoder, name="autoencoder_kl_cogvideox"):
         scale, shift: Latents are ``(z - shift) * scale``: 1.15258426 for CogVideoX-2b, 0.7 for all others.
         mode: See above.
         chunk: Latent frames of a chunk. Published latents are of 2.
+        front_latents: Copies of its first latent in front of a clip's.
         pixel_range: The values of the pixels.
         max_rows: Clips that go through at once; None all.
         tile: Side of a tile in pixels; larger pictures go through in tiles, each a clip of its own. None: no tiles.
         tile_overlap: Of neighbouring tiles in pixels, by default a quarter of the tile.
         checkpointing: Keep no activations of the blocks for the backward pass, in ``whole``.
+        trains_on: What a diffusion model is trained on, the Gaussian's ``mean`` or a ``sample`` of it, see
+            :class:`vdiff.first_stages.AutoencoderKL`.
     """
-
-    penalties = {"kl": 1e-6}
 
     def __init__(
         self,
@@ -62,74 +64,69 @@ class AutoencoderKLCogVideoX(Autoencoder, name="autoencoder_kl_cogvideox"):
         shift: float = 0.0,
         mode: Literal["whole", "streaming"] = "streaming",
         chunk: int = 2,
+        front_latents: int = 0,
         pixel_range: tuple[float, float] = (-1.0, 1.0),
         max_rows: int | None = None,
         tile: int | None = None,
         tile_overlap: int | None = None,
         checkpointing: bool = False,
+        trains_on: TrainsOn = "mean",
     ) -> None:
         super().__init__()
         who = type(self).__name__
+        check_trains_on(trains_on, who)
         if scale == 0:
             raise ValueError(f"{who}: scale must not be 0.")
-        for name, number in (("chunk", chunk), ("max_rows", max_rows)):
-            if number is not None and number < 1:
-                raise ValueError(f"{who}: {name} must be at least 1, got {number}.")
+        for name, number, least in (
+            ("chunk", chunk, 1),
+            ("max_rows", max_rows, 1),
+            ("front_latents", front_latents, 0),
+        ):
+            if number is not None and number < least:
+                raise ValueError(f"{who}: {name} must be at least {least}, got {number}.")
         self.in_channels, self.latent_channels = in_channels, latent_channels
         self.factor, self.time_factor = 2 ** (len(channel_mult) - 1), time_factor
         self.scale, self.shift, self.pixel_range = scale, shift, pixel_range
-        self.mode, self.chunk, self.max_rows = mode, chunk, max_rows
-        self.tile, self.tile_overlap = tile, tile_overlap
+        self.mode, self.chunk, self.max_rows, self.front_latents = mode, chunk, max_rows, front_latents
+        self.tile, self.tile_overlap, self.trains_on = tile, tile_overlap, trains_on
         cells(who, tile, tile_overlap, self.factor)
         levels = (channels, channel_mult, num_res_blocks, time_factor, dropout, norm_groups, checkpointing)
         self.encoder = CausalEncoder(in_channels, 2 * latent_channels, *levels)
         self.decoder = CausalDecoder(latent_channels, in_channels, *levels)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """``(B, c, f, h, w)`` to ``(B, latent_channels, (f - 1) / 4 + 1, h / 8, w / 8)``; a picture ``(B, c, h, w)``
-        to one without frames."""
-        return self.scaled(self.posterior(pixels).mean)
+        """``(B, c, f, h, w)`` to ``(B, latent_channels, (f - 1) / 4 + 1, h / 8, w / 8)``, with ``front_latents`` frames
+        more; a picture ``(B, c, h, w)`` to one without frames."""
+        return super().encode(pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
         """The way back of :meth:`encode`; values may lie a little beyond ``pixel_range``."""
-        return self.pixels(self._unscaled(latents))
+        return self.pixels(self._unscaled(self._without_front(latents)))
 
     def encode_by_chunk(self, pixels: Tensor) -> Iterator[Tensor]:
         """Streaming, the latents of one chunk after the other, ``(B, latent_channels, n, h / 8, w / 8)``; no tiles."""
         self.latent_shape(pixels.shape[1:])
-        for said in _by_chunk(self.encoder, pixels, self.chunk * self.time_factor):
-            yield self.scaled(DiagonalGaussian.of(said).mean)
+        for index, said in enumerate(_by_chunk(self.encoder, pixels, self.chunk * self.time_factor)):
+            latents = self._scaled(DiagonalGaussian.of(said).mean)
+            yield self._with_front(latents) if index == 0 and _is_clip(pixels) else latents
 
     def decode_by_chunk(self, latents: Tensor) -> Iterator[Tensor]:
         """Streaming, the frames of one chunk after the other, ``(B, c, n, h, w)``; no tiles."""
         self._check_latents(latents)
+        latents = self._without_front(latents)
         yield from _by_chunk(lambda z, chunk: self.decoder(self._unscaled(z), chunk), latents, self.chunk)
 
-    def reconstruct(self, pixels: Tensor, keys: RowKeys | None = None) -> Reconstruction:
-        """Through a z that is drawn by the rows' keys, or through the mean without them.
-
-        The penalty ``kl`` is in nats per pixel value.
-        """
-        posterior = self.posterior(pixels)
-        z = posterior.mean
-        if keys is not None:
-            z = posterior.sample(upload(keys.normal("posterior", z.shape[1:]), z.device).to(z.dtype))
-        return Reconstruction(self.pixels(z), self.scaled(z), {"kl": posterior.kl() / pixels[0].numel()})
-
     def posterior(self, pixels: Tensor) -> DiagonalGaussian:
-        """The distribution of z given pixels, neither scaled nor shifted."""
         self.latent_shape(pixels.shape[1:])
         chunk = self.chunk * self.time_factor
         return DiagonalGaussian.of(self._through(self.encoder, pixels, chunk, self.factor, 1))
 
     def pixels(self, z: Tensor) -> Tensor:
-        """Pixels of a code z, neither scaled nor shifted."""
         self._check_latents(z)
         return self._through(self.decoder, z, self.chunk, 1, self.factor)
 
-    def scaled(self, z: Tensor) -> Tensor:
-        """Latents from z."""
-        return (z - self.shift) * self.scale
+    def latents(self, z: Tensor) -> Tensor:
+        return self._with_front(self._scaled(z)) if _is_clip(z) else self._scaled(z)
 
     def latent_shape(self, pixel_shape: Sequence[int]) -> tuple[int, ...]:
         """As :meth:`FirstStage.latent_shape`.
@@ -157,8 +154,28 @@ class AutoencoderKLCogVideoX(Autoencoder, name="autoencoder_kl_cogvideox"):
                     f"{who}: the {name} must be {rule}, got {size}. The nearest legal: {legal}. "
                     f"{'Cut or repeat frames' if name == 'number of frames' else 'Crop or resize'}."
                 )
-        frames = [(n - 1) // t + 1 for n in frames]
+        frames = [(n - 1) // t + 1 + (self.front_latents if n > 1 else 0) for n in frames]
         return (self.latent_channels, *frames, height // self.factor, width // self.factor)
+
+    def _with_front(self, latents: Tensor) -> Tensor:
+        """A clip's latents with copies of the first in front."""
+        if not self.front_latents:
+            return latents
+        return torch.cat([latents[:, :, :1].expand(-1, -1, self.front_latents, -1, -1), latents], dim=2)
+
+    def _without_front(self, latents: Tensor) -> Tensor:
+        """The inverse."""
+        if not _is_clip(latents):
+            return latents
+        if latents.shape[2] <= self.front_latents:
+            raise ValueError(
+                f"{type(self).__name__}: {latents.shape[2]} frames of latents, of which {self.front_latents} stand in "
+                f"front; a clip has at least {self.front_latents + 1}."
+            )
+        return latents[:, :, self.front_latents :]
+
+    def _scaled(self, z: Tensor) -> Tensor:
+        return (z - self.shift) * self.scale
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         return latents / self.scale + self.shift
@@ -181,6 +198,11 @@ class AutoencoderKLCogVideoX(Autoencoder, name="autoencoder_kl_cogvideox"):
         if (tiles := cells(type(self).__name__, self.tile, self.tile_overlap, self.factor)) is None:
             return clip(x)
         return tiled(clip, x, *tiles, enter, leave)
+
+
+def _is_clip(x: Tensor) -> bool:
+    """Of pixels or latents: more than a picture, which may be a clip of one frame."""
+    return x.ndim == 5 and x.shape[2] > 1
 
 
 def _by_chunk(function: Callable[..., Tensor], x: Tensor, size: int) -> Iterator[Tensor]:

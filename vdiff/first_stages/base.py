@@ -17,7 +17,8 @@ class FirstStage(Registered, nn.Module, kind="first_stage"):
     """``encode`` pixels to latents, ``decode`` latents to pixels.
 
     Both are functions of what they are given and draw nothing: where an encoder says a distribution, the latents
-    are its mean. A :class:`vdiff.engine.DiffusionEngine` freezes its first stage.
+    are its mean. What may be drawn is what a diffusion model is trained on, ``encode_for_training``. A
+    :class:`vdiff.engine.DiffusionEngine` freezes its first stage.
 
     Attributes:
         pixel_range: The values it takes and gives, ``(low, high)``.
@@ -28,6 +29,11 @@ class FirstStage(Registered, nn.Module, kind="first_stage"):
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents of ``pixels`` in ``pixel_range``, without gradient unless it is being trained."""
+
+    def encode_for_training(self, pixels: Tensor, keys: RowKeys) -> Tensor:
+        """Latents to train on, in the shape that :meth:`encode` gives: those, or drawn by the rows' ``keys`` where a
+        first stage says so."""
+        return self.encode(pixels)
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

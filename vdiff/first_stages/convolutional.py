@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -17,6 +16,7 @@ from vdiff.networks.autoencoder import AutoencoderDecoder, AutoencoderEncoder
 class ConvolutionalAutoencoder(Autoencoder, abstract=True):
     """Convolutional encoder and decoder; a video goes through them frame by frame.
 
+    Pictures ``(B, c, h, w)`` become ``(B, latent_channels, h / f, w / f)``, videos ``(B, c, f, h, w)`` alike.
     Latents are ``(z - shift) * scale`` of the code z. The attributes ``max_rows``, ``tile`` and
     ``tile_overlap`` may be set at any time.
 
@@ -87,20 +87,12 @@ class ConvolutionalAutoencoder(Autoencoder, abstract=True):
         self.quant_conv = nn.Conv2d(said, self.code_factor * latent_channels, 1) if quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latent_channels, code_channels, 1) if quant_conv else nn.Identity()
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """``(B, c, h, w)`` to ``(B, latent_channels, h / f, w / f)``, videos ``(B, c, f, h, w)`` alike."""
-        return self.scaled(self.code(self.said(pixels)))
-
     def decode(self, latents: Tensor) -> Tensor:
         """The way back of :meth:`encode`; values may lie a little beyond ``pixel_range``."""
         return self.pixels(latents / self.scale + self.shift)
 
-    @abstractmethod
-    def code(self, said: Tensor) -> Tensor:
-        """z from what the encoder says."""
-
-    def scaled(self, z: Tensor) -> Tensor:
-        """Latents from z."""
+    def latents(self, z: Tensor) -> Tensor:
+        """Latents of a code z."""
         return (z - self.shift) * self.scale
 
     def said(self, pixels: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vdiff.first_stages.autoencoder_kl import AutoencoderKL
+from vdiff.first_stages.gaussian import TrainsOn
 from vdiff.first_stages.tiles import tiled
 from vdiff.networks.temporal_decoder import TemporalDecoder
 
@@ -24,6 +25,7 @@ class TemporalDecoderAutoencoder(AutoencoderKL, name="temporal_decoder"):
         quant_conv: Whether a 1 x 1 convolution stands behind the encoder. Generative-models' first stage has none;
             diffusers takes that of the image autoencoder.
         post_quant_conv: Whether one stands before the decoder, as in the image autoencoder; in no published one.
+        trains_on: See :class:`vdiff.first_stages.AutoencoderKL`.
         scale, and all other arguments: See :class:`vdiff.first_stages.convolutional.ConvolutionalAutoencoder`;
             ``max_rows`` are pictures or frames that are encoded together.
     """
@@ -52,11 +54,12 @@ class TemporalDecoderAutoencoder(AutoencoderKL, name="temporal_decoder"):
         tile_overlap: int | None = None,
         checkpointing: bool = False,
         backend: str | None = None,
+        trains_on: TrainsOn = "mean",
     ) -> None:
         super().__init__(
             in_channels, channels, channel_mult, num_res_blocks, latent_channels, None, attention_factors,
             mid_attention, dropout, norm_groups, quant_conv, scale, shift, pixel_range, max_rows, tile, tile_overlap,
-            checkpointing, backend,
+            checkpointing, backend, trains_on,
         )  # fmt: skip
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if post_quant_conv else nn.Identity()
         if chunk is not None and chunk < 1:

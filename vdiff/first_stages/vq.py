@@ -80,8 +80,8 @@ class VQAutoencoder(ConvolutionalAutoencoder, name="vq"):
         )  # fmt: skip
         self.quantize = Codebook(num_words, latent_channels)
 
-    def code(self, said: Tensor) -> Tensor:
-        return said
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.latents(self.said(pixels))
 
     def decode(self, latents: Tensor) -> Tensor:
         z = latents / self.scale + self.shift
@@ -92,7 +92,7 @@ class VQAutoencoder(ConvolutionalAutoencoder, name="vq"):
         z = self.said(pixels)
         words = self.quantize.words(self.quantize(z)).to(z.dtype)
         penalties = {"codebook": _distance(z.detach(), words), "commitment": _distance(z, words.detach())}
-        return Reconstruction(self.pixels(z + (words - z).detach()), self.scaled(z), penalties)
+        return Reconstruction(self.pixels(z + (words - z).detach()), self.latents(z), penalties)
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vdiff.checkpoints import (
     find_checkpoint,
     is_by_others,
-    is_pipeline,
+    is_in_folders,
     load_into,
     load_published,
     open_weights,
@@ -127,7 +127,7 @@ class InitEntry:
         """Whether the file is written by others and its names are not brought to ours by ``prefix``."""
         if self.prefix or self.inside:
             return False
-        found = is_pipeline(self.file) if self.file.is_dir() else is_by_others(open_weights(self.file).header)
+        found = is_in_folders(self.file) if self.file.is_dir() else is_by_others(open_weights(self.file).header)
         if found and not self.strict:
             raise ValueError(
                 f"init: {self.file} is not by our names, and strict: false is for files that are. Of a published file, "

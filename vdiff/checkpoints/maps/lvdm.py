@@ -11,9 +11,14 @@ from vdiff.checkpoints.maps.unet import ENDS, RES, TRANSFORMER
 PLACES = ("input_blocks.{i}.{j}", "middle_block.{j}", "output_blocks.{i}.{j}")
 
 
-def dynamicrafter() -> KeyMap:
-    """VideoCrafter's names to DynamiCrafter's, who spells a word otherwise."""
-    return KeyMap([*((f"{place}.temopral_conv.*", f"{place}.temporal_conv.*") for place in PLACES), ("*", "*")])
+def dynamicrafter(fps: str = "fps_embedding") -> KeyMap:
+    """VideoCrafter's names to DynamiCrafter's, who spells a word otherwise.
+
+    Args:
+        fps: What it calls the embedding of the frames per second; ``framestride_embed`` in the file of 256 x 256.
+    """
+    words = KeyMap((f"{place}.temopral_conv.*", f"{place}.temporal_conv.*") for place in PLACES)
+    return words + KeyMap([("fps_embedding.*", f"{fps}.*"), ("*", "*")])
 
 
 def unet_3d(num_res_blocks: int = 2, attends: Sequence[bool] = (True, True, True, False)) -> KeyMap:

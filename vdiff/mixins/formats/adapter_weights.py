@@ -13,6 +13,7 @@ from torch import Tensor
 from vdiff.checkpoints import WeightFileError
 from vdiff.checkpoints.diffusers_names import to_diffusers, to_ldm
 from vdiff.mixins.base import Mixin
+from vdiff.mixins.formats import towers
 from vdiff.mixins.formats.leaves import LEAVES
 from vdiff.mixins.lokr import factorization
 from vdiff.mixins.lora import LoRAPart
@@ -134,13 +135,14 @@ class AdapterWeights:
         names, is_unet = list(names), host in (None, "UNet")
         meanings: dict[str, set[str]] = {}
         for name in names:
-            for alias in {name, (is_unet and to_diffusers(name, num_res_blocks)) or name}:
+            for alias in {name, (is_unet and to_diffusers(name, num_res_blocks)) or name, *towers.aliases(name)}:
                 meanings.setdefault(alias.replace(".", "_") if self.is_flat else alias, set()).add(name)
         lost = [site for site in self.sites if site not in meanings]
         if lost:
             raise WeightFileError(
                 f"{len(lost)} of {len(self.sites)} sites are not in {host or 'the host'}: {', '.join(lost[:8])}"
-                f"{', ...' if len(lost) > 8 else '.'}{did_you_mean(lost[0], meanings)} Is it made for this network?"
+                f"{', ...' if len(lost) > 8 else '.'}"
+                f"{towers.refusal(lost, names) or did_you_mean(lost[0], meanings) + ' Is it made for this network?'}"
             )
         for site in self.sites:
             if len(meanings[site]) > 1:
@@ -150,10 +152,10 @@ class AdapterWeights:
         return replace(self.renamed(lambda site: next(iter(meanings[site]))), host=host, is_flat=False)
 
     def in_diffusers(self, num_res_blocks: int = 2) -> AdapterWeights:
-        """With diffusers' names, where the names are latent diffusion's; otherwise as it is."""
-        if self.host not in (None, "UNet"):
-            return self
-        return self.renamed(lambda site: to_diffusers(site, num_res_blocks) or site)
+        """With the names of diffusers and transformers, where the names are latent diffusion's or of a text tower;
+        otherwise as it is."""
+        is_unet = self.host in (None, "UNet")
+        return self.renamed(lambda site: towers.today(site) or (is_unet and to_diffusers(site, num_res_blocks)) or site)
 
     def in_ldm(self, num_res_blocks: int = 2, among: Iterable[str] = ()) -> AdapterWeights:
         """With latent diffusion's names, where the names are diffusers'; otherwise as it is."""

@@ -1,7 +1,8 @@
 """diffusers: one file, ``pytorch_lora_weights.safetensors``, for the network and its text encoders.
 
 Written as diffusers writes it now. Read in all its dialects: ``lora_A`` and ``lora_B``; ``lora.down`` and ``lora.up``;
-``to_q_lora.down`` in processors; text encoders' ``lora_linear_layer``.
+``to_q_lora.down`` in processors; text encoders' ``lora_linear_layer``; and ComfyUI's, ``diffusion_model.`` in front and
+``lora_down`` and ``lora_up`` with an ``alpha``.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vdiff.checkpoints import WeightFileError, read_header, read_metadata, read_weights, save_weights
-from vdiff.mixins.formats import peft
+from vdiff.checkpoints import read_header, read_metadata, read_weights, save_weights
+from vdiff.mixins.formats import peft, untold
 from vdiff.mixins.formats.adapter_weights import AdapterWeights
-from vdiff.mixins.formats.leaves import commonest, sites_of
+from vdiff.mixins.formats.towers import in_files, is_tower
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -24,6 +25,7 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 
 # Older spellings, as regular expressions, and today's. In order.
 SPELLINGS = (
+    (r"^(model\.)?diffusion_model\.", ""),  # ComfyUI and kin, whose files are of the network alone
     (r"\.processor\.", "."),
     (r"\.to_out_lora\.(down|up)", r".to_out.0.lora.\1"),
     (r"\.(to_[qkv])_lora\.(down|up)", r".\1.lora.\2"),
@@ -33,8 +35,12 @@ SPELLINGS = (
     (r"\.lora\.up\.weight$", ".lora_B.weight"),
     (r"\.lora\.down$", ".lora_A.weight"),
     (r"\.lora\.up$", ".lora_B.weight"),
+    (r"\.lora_down\.weight$", ".lora_A.weight"),
+    (r"\.lora_up\.weight$", ".lora_B.weight"),
 )
-OURS = r"\.lora_A\.weight$|lora\.(down|up)|_lora\.(down|up)|lora_linear_layer|\.lokr_w"
+OURS = r"\.lora_A\.weight$|lora\.(down|up)|_lora\.(down|up)|lora_linear_layer|\.lora_down\.|\.lokr_w|\.hada_w"
+# Where a file does not say rank and alpha otherwise.
+UNTOLD = peft.TABLE | peft.EMBEDDING | {"alpha": "alpha", "dora_scale": "dora_scale", "lora_mid.weight": "mid"}
 
 
 def reads(path: Path) -> bool:
@@ -67,7 +73,7 @@ def write(adapters: Mapping[str, AdapterWeights], path: Path) -> None:
         one = one.plain()
         if one.kind == "loha":
             raise ValueError("diffusers reads LoRA, DoRA and LoKr, not LoHa; write kohya or peft.")
-        tensors |= peft.tensors(one, f"{component}.")
+        tensors |= peft.tensors(one.renamed(in_files), f"{component}.")
         said |= {f"{component}.{key}": value for key, value in peft.config(one).items()}
     file = path if path.suffix == ".safetensors" else path / FILE
     save_weights(file, tensors, {"format": "pt", METADATA: json.dumps(said, sort_keys=True)})
@@ -75,27 +81,18 @@ def write(adapters: Mapping[str, AdapterWeights], path: Path) -> None:
 
 def component_of(one: AdapterWeights) -> str:
     """What a pipeline calls the network."""
+    if is_tower(one.sites):
+        return "text_encoder"
     is_unet = any(re.search(r"(^|\.)(down|mid|up)_blocks?\.", site) for site in one.sites)
     return "unet" if is_unet or one.host == "UNet" else "transformer"
 
 
 def _adapter(component: str, tensors: Mapping[str, Tensor], said: Mapping[str, object], file: Path) -> AdapterWeights:
     where = f"{file}{f', {component}' if component else ''}"
-    alphas = {n.removesuffix(".alpha"): float(v) for n, v in tensors.items() if n.endswith(".alpha")}
-    weights = {name: value for name, value in tensors.items() if not name.endswith(".alpha")}
     config = {key.removeprefix(f"{component}."): v for key, v in said.items() if key.startswith(f"{component}.")}
     if "r" not in config:  # older files say nothing, and mean what the shapes say
-        ranks = {s: len(w["A"]) for s, w in sites_of(weights, peft.TABLE | peft.EMBEDDING, where).items() if "A" in w}
-        config = {
-            "r": commonest(ranks.values()),
-            "lora_alpha": commonest(alphas.get(site, rank) for site, rank in ranks.items()),
-            "rank_pattern": {f"^{re.escape(site)}": rank for site, rank in ranks.items()},
-            "alpha_pattern": {f"^{re.escape(site)}": alphas.get(site, rank) for site, rank in ranks.items()},
-        }
-    lost = [site for site in alphas if not any(name.startswith(f"{site}.") for name in weights)]
-    if lost:
-        raise WeightFileError(f"{where}: an alpha for {lost[0]!r}, and no weights.")
-    return peft.adapter(weights, config, where)
+        return untold.adapter(tensors, UNTOLD, where)
+    return peft.adapter(tensors, config, where)
 
 
 def _spell(name: str) -> str:

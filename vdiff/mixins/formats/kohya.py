@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from vdiff.checkpoints import WeightFileError, read_header, read_weights, save_weights
+from vdiff.mixins.formats import untold
 from vdiff.mixins.formats.adapter_weights import AdapterWeights, Site
-from vdiff.mixins.formats.leaves import LEAVES, commonest, full_rank, kind_of, rank_of, sites_of
+from vdiff.mixins.formats.leaves import LEAVES, commonest, rank_of
+from vdiff.mixins.formats.towers import in_files
 
 PREFIXES = {
     "unet": "lora_unet_",
@@ -28,9 +30,11 @@ READ = {"lora_te1_": "text_encoder", "lycoris_": "unet"} | {prefix: name for nam
 TABLE = {
     "lora_down.weight": "A",
     "lora_up.weight": "B",
-    "dora_scale": "magnitude",
+    "lora_mid.weight": "mid",
+    "dora_scale": "dora_scale",
     "alpha": "alpha",
 } | {leaf: leaf for kind in ("loha", "lokr") for leaf in LEAVES[kind]}
+WRITTEN = {leaf: ending for ending, leaf in TABLE.items()} | {"magnitude": "dora_scale"}
 ALGORITHMS = {"loha": {"algo": "loha"}, "lokr": {"algo": "lokr"}}
 
 
@@ -51,7 +55,7 @@ def read(path: Path) -> dict[str, AdapterWeights]:
             found.setdefault(READ[prefix], {})[name[len(prefix) :]] = value
     if odd:
         raise WeightFileError(f"{path}: {len(odd)} unknown names: {', '.join(odd[:8])}; they begin {', '.join(READ)}.")
-    return {component: _adapter(tensors, f"{path}, {component}") for component, tensors in found.items()}
+    return {part: untold.adapter(tensors, TABLE, f"{path}, {part}", is_flat=True) for part, tensors in found.items()}
 
 
 def write(adapters: Mapping[str, AdapterWeights], path: Path) -> None:
@@ -65,7 +69,7 @@ def write(adapters: Mapping[str, AdapterWeights], path: Path) -> None:
         for name, site in one.sites.items():
             if site.is_embedding:
                 raise ValueError(f"kohya's files hold no embeddings, such as {name!r}; write peft.")
-            begin = prefix + name.replace(".", "_")
+            begin = prefix + in_files(name).replace(".", "_")
             weights = _theirs(one, site)
             if f"{begin}.alpha" in tensors:
                 raise ValueError(f"Two sites would both be called {begin!r}.")
@@ -74,41 +78,14 @@ def write(adapters: Mapping[str, AdapterWeights], path: Path) -> None:
     save_weights(path, tensors, {"format": "pt", **metadata})
 
 
-def _adapter(tensors: Mapping[str, Tensor], where: str) -> AdapterWeights:
-    found = sites_of(tensors, TABLE, where)
-    kind = kind_of(found, where)
-    sites = {}
-    for name, weights in found.items():
-        alpha = weights.pop("alpha", None)
-        rank = rank_of(kind, weights)
-        if rank is None:  # two full factors are taken as they are, whatever alpha says
-            rank = full_rank(weights)
-            alpha = None
-        if "magnitude" in weights:
-            weights["magnitude"] = _lengths(weights["magnitude"], len(weights["B"]), f"{where}: {name!r}")
-        said = rank if alpha is None or not float(alpha) else float(alpha)
-        sites[name] = Site(weights, rank, said)
-    return AdapterWeights(kind, sites, is_flat=True)
-
-
-def _lengths(scale: Tensor, rows: int, where: str) -> Tensor:
-    if scale.shape[0] != rows or scale.numel() != rows:
-        raise WeightFileError(
-            f"{where}: a dora_scale of shape {tuple(scale.shape)} for {rows} outputs. vdiff's DoRA has a length per "
-            "output, as the paper; this one has one per input."
-        )
-    return scale.flatten()
-
-
 def _theirs(one: AdapterWeights, site: Site) -> dict[str, Tensor]:
-    back = {leaf: ending for ending, leaf in TABLE.items()}
     alpha = site.alpha * (math.sqrt(site.rank) if one.options.get("rslora") else 1.0)
     weights = dict(site.tensors)
     if one.kind == "lokr" and rank_of("lokr", weights) is None and site.alpha != site.rank:
-        weights["lokr_w1"] = weights["lokr_w1"] * (site.alpha / site.rank)  # see _adapter
+        weights["lokr_w1"] = weights["lokr_w1"] * (site.alpha / site.rank)  # for alpha is not read then
     if "magnitude" in weights:
         weights["magnitude"] = weights["magnitude"].reshape(-1, *(1,) * (weights["A"].ndim - 1))
-    return {back[leaf]: value for leaf, value in weights.items()} | {"alpha": torch.tensor(alpha)}
+    return {WRITTEN[leaf]: value for leaf, value in weights.items()} | {"alpha": torch.tensor(alpha)}
 
 
 def _metadata(one: AdapterWeights) -> dict[str, str]:

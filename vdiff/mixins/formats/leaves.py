@@ -17,6 +17,14 @@ LEAVES = {
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
 }
+# What other programs have besides, by how names end, and what to do about it.
+FUSE = "Fuse the adapter into the model with the program that it is from, and load the model's weights"
+UNREAD = {
+    r"\.(lora_B|lora_up)\.bias$": f"That is a bias of the pair (peft's lora_bias), which vdiff's LoRA lacks. {FUSE}",
+    r"\.(diff|diff_b|set_weight|w_norm|b_norm)$": f"That is a whole weight's change, not one of low rank. {FUSE}",
+    r"\.(oft_|boft|a1\.|b1\.|ia3|on_input)": f"That is of OFT, GLoRA or (IA)^3, and vdiff has none of them. {FUSE}",
+    r"\.reshape_weight$": f"That is an adapter which makes layers wider. {FUSE}",
+}
 
 
 def sites_of(
@@ -44,7 +52,8 @@ def sites_of(
             found.setdefault(name[: -len(ending)].rstrip("."), {})[table[ending]] = value
     if odd:
         more = f" and {len(odd) - 8} more" if len(odd) > 8 else ""
-        raise WeightFileError(f"{where}: {len(odd)} unknown names: {', '.join(odd[:8])}{more}.")
+        known = next((f" {what}." for pattern, what in UNREAD.items() if re.search(pattern, odd[0])), "")
+        raise WeightFileError(f"{where}: {len(odd)} unknown names: {', '.join(odd[:8])}{more}.{known}")
     if not found:
         raise WeightFileError(f"{where}: no adapter's weights in it.")
     return found
@@ -61,12 +70,19 @@ def kind_of(found: Mapping[str, Mapping[str, Tensor]], where: str) -> str:
         leaves = {leaf for leaf in tensors if leaf != "alpha"}
         kind = next((k for k in ("dora", "lora", "loha", "lokr") if _is_whole(k, leaves)), None)
         if kind is None:
-            raise WeightFileError(
-                f"{where}: {site!r} has {', '.join(sorted(leaves)) or 'no weights'}, which is no whole adapter."
+            decomposed = next((k for k in ("loha", "lokr") if _is_whole(k, leaves - {"dora_scale", "magnitude"})), None)
+            why = (
+                f"a {decomposed} with a dora_scale (LyCORIS' dora_wd), and vdiff has that for LoRA alone. {FUSE}"
+                if decomposed
+                else "which is no whole adapter"
             )
+            raise WeightFileError(f"{where}: {site!r} has {', '.join(sorted(leaves)) or 'no weights'}, {why}.")
         kinds[kind] += 1
     if len(kinds) > 1:
-        raise WeightFileError(f"{where}: sites of several kinds in one file: {dict(kinds)}. Split it by kind first.")
+        raise WeightFileError(
+            f"{where}: sites of several kinds in one file: {dict(kinds)}. A mixin is of one kind: make a file of each, "
+            "with read_weights and save_weights of vdiff.checkpoints, and attach one after the other."
+        )
     return next(iter(kinds))
 
 

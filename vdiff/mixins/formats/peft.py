@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vdiff.checkpoints import WeightFileError, read_weights, save_weights
 from vdiff.mixins.formats.adapter_weights import AdapterWeights, Site
-from vdiff.mixins.formats.leaves import LEAVES, commonest, kind_of, sites_of
+from vdiff.mixins.formats.leaves import FUSE, LEAVES, commonest, kind_of, sites_of
+from vdiff.mixins.formats.towers import BEGIN, in_files
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -25,6 +26,15 @@ TABLE = {
 } | {leaf: leaf for kind in ("loha", "lokr") for leaf in LEAVES[kind]}
 EMBEDDING = {"lora_embedding_A": "A", "lora_embedding_B": "B"}
 RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")  # starts that peft also takes out of the base
+# Options that ask for more than the pair, what they are where they do not, and what they ask for.
+UNREAD = {
+    "bias": ("none", "biases of the network were trained besides, and are no adapter's"),
+    "lora_bias": (False, "the pairs have biases, which vdiff's LoRA lacks"),
+    "modules_to_save": ((), "whole modules were trained besides, and are no adapter's"),
+    "trainable_token_indices": (None, "rows of an embedding were trained besides"),
+    "target_parameters": ((), "parameters that are no layer's weight"),
+    "layer_replication": (None, "layers of the network are used several times"),
+}
 TYPES = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 
 
@@ -59,7 +69,8 @@ def adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str
     """An adapter from tensors and what their configuration says.
 
     Raises:
-        WeightFileError: names or shapes that contradict it, or weights that belong to a base that peft changed.
+        WeightFileError: names or shapes that contradict it, something that vdiff has not, or weights that belong to a
+            base that peft changed.
     """
     if str(start := config.get("init_lora_weights")).lower().startswith(RESIDUAL):
         raise WeightFileError(
@@ -68,6 +79,9 @@ def adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str
             "save_pretrained(folder, path_initial_model_for_weight_conversion=<the adapter before training>). One of "
             "loftq stays with its quantised base: merge it there."
         )
+    for option, (plain, what) in UNREAD.items():
+        if config.get(option) not in (None, plain, False, [], {}):
+            raise WeightFileError(f"{where}: {option} is {config[option]!r}: {what}. {FUSE} (merge_and_unload).")
     odd = [name for name in tensors if not name.startswith(prefix)]
     if odd:
         raise WeightFileError(f"{where}: names begin with {prefix!r} there, and {odd[0]!r} does not.")
@@ -138,7 +152,8 @@ def config(one: AdapterWeights) -> dict[str, Any]:
 
 
 def _pattern(name: str) -> str:
-    return f"^{re.escape(name)}"  # peft takes them as regular expressions that may begin anywhere
+    """peft takes them as regular expressions that may begin anywhere; of a tower, before and after transformers 5."""
+    return f"^{f'({re.escape(BEGIN)})?' if in_files(name) != name else ''}{re.escape(name)}"
 
 
 def _at(site: str, patterns: Mapping[str, float] | None, otherwise: float) -> float:
