@@ -12,6 +12,7 @@ from vdiff.engine import AutoencoderEngine
 from vdiff.networks import sinusoidal
 from vdiff.process import RowKeys
 from vdiff.registry import ConfigError, build, load_config
+from vdiff.training.groups import select
 from vdiff.training.run import check_run
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,8 @@ def test_every_config_builds_on_the_meta_device(file):
 def test_every_config_trains_and_samples(file, tmp_path):
     plans = check_run(load_config(file, overrides=own_data(file, tmp_path)))
     engine, data = plans["engine"].make(), plans["data"]["train"].make()
-    batch = Loader(data, 4).batch(0)
+    batch, training = Loader(data, 4).batch(0), plans["training"].make()
+    select(engine, training.train, training.optimizer, new=[name for name, _ in engine.named_parameters()]).set_modes()
     values = engine(batch)
     values.per_row.mean().backward()
     assert torch.isfinite(values.per_row).all()
