@@ -281,7 +281,7 @@ def test_a_network_with_patches_of_two_latents_learns_from_odd_clips_and_samples
     """81 frames are 21 latents; here 9 are 3."""
     embedders = [{"type": "field", "reads": "text", "feeds": "cross_attention"}]
     if has_picture:
-        embedders.append({"type": "image_latents", "reads": "image", "frames": 4, "fill": "zero", "null": "same"})
+        embedders.append({"type": "image_latents", "reads": "image", "frames": 9, "fill": "zero", "null": "same"})
     network = {
         "type": "cogvideox", "in_channels": 8 if has_picture else 4, "out_channels": 4, "width": 64, "depth": 1,
         "num_heads": 2, "patch_size": (2, 2, 2), "text_dim": 8, "positions": "rotary", "emb_dim": 16,
