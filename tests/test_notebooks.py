@@ -12,7 +12,10 @@ def test_they_are_found():
     assert {n.stem for n in NOTEBOOKS} >= {"train_and_sample", "solvers", "mixins"}
 
 
-@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda n: n.stem)
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(n, marks=[] if n.stem == "mixins" else [pytest.mark.slow], id=n.stem) for n in NOTEBOOKS],
+)
 @pytest.mark.long
 def test_it_runs_and_shows_pictures(file, tmp_path, monkeypatch):
     client = pytest.importorskip("nbclient")

@@ -325,6 +325,7 @@ def test_a_new_network_says_zero_and_its_blocks_change_nothing():
 # --- backends, compilation, precision, mixins ----------------------------------------------------
 
 
+@pytest.mark.slow  # of each network one is traced in test_every_network.py, with its backward pass
 @pytest.mark.parametrize("name", TINY)
 def test_one_graph_under_compile(name):
     net, counter = tiny(name), CompileCounter()

@@ -330,6 +330,7 @@ def test_masked_words_do_not_count_and_the_picture_does():
         assert (masked[1:] - net(x[1:], c_noise[1:], Conditioning(words))).abs().max() < 1e-5
 
 
+@pytest.mark.slow  # of each network one is traced in test_every_network.py, with its backward pass
 def test_one_graph_under_compile():
     small = dict(temporal_kernels=((3, 1, 1),) * 4, channel_mult=(1,), attention_factors=())
     net, counter = randomised(LVDMUNet(**IMAGE | small)), CompileCounter()

@@ -180,7 +180,7 @@ def test_it_uses_all_its_weights(change):
         assert any(part in name for part in alone) or parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("change", [{}, SV4D_2 | dict(view_attention="released")])
+@pytest.mark.parametrize("change", [pytest.param({}, marks=pytest.mark.slow), SV4D_2 | dict(view_attention="released")])
 def test_one_graph_under_compile(change):
     small = TINY | dict(channel_mult=(1,), attention_factors=()) | change  # tracing is what takes time here
     net, counter = randomised(VideoUNet(**small)), CompileCounter()

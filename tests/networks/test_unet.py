@@ -353,6 +353,7 @@ def test_bfloat16_is_near_float32(config):
     assert (half - exact).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.slow  # of each network one is traced in test_every_network.py, with its backward pass
 @pytest.mark.parametrize("config", [PLAIN | dict(num_classes=5), TEXT])
 def test_one_graph_under_compile(config):
     net, counter = randomised(UNet(**config)), CompileCounter()

@@ -253,6 +253,7 @@ def test_a_new_network_says_zero():
     assert (net(*inputs(net)) == 0).all()
 
 
+@pytest.mark.slow  # of each network one is traced in test_every_network.py, with its backward pass
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_one_graph_under_compile(tokens):
     small = TINY | dict(channel_mult=(1,), attention_factors=())  # tracing is what takes time here

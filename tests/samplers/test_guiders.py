@@ -298,7 +298,9 @@ class Quiet(Told, name="quiet_for_tests"):
         return Prediction(self.language, mean + 0.1 * (x_t - mean), x_t, level)
 
 
-@pytest.mark.parametrize("name", EVERYONE)
+@pytest.mark.parametrize(
+    "name", [name if name in ("cfg", "all of it") else pytest.param(name, marks=pytest.mark.slow) for name in EVERYONE]
+)
 def test_a_whole_walk_is_one_graph_and_another_schedule_is_no_recompile(name):
     from torch._dynamo.testing import CompileCounter
 
