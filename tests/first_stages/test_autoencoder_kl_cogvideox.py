@@ -399,3 +399,18 @@ def test_it_is_built_from_a_config():
     node = {"type": "autoencoder_kl_cogvideox", "scale": 0.7, "mode": "whole"} | TINY
     model = build(node, "first_stage")
     assert isinstance(model, AutoencoderKLCogVideoX) and model.mode == "whole" and model.scale == 0.7
+
+
+@pytest.mark.parametrize("front", [0, 1])
+def test_a_mask_of_one_frame_is_that_of_the_latent_that_stands_for_it(front):
+    """The first for one frame, the next for four, and so on; one in front stands where the first does."""
+    stage = AutoencoderKLCogVideoX(channels=8, channel_mult=(1, 2, 2, 2), num_res_blocks=1, norm_groups=4,
+                                   front_latents=front)  # fmt: skip
+    _, *size = stage.latent_shape((3, 9, 16, 16))
+    for frame, latent in ((0, 0), (1, 1), (4, 1), (5, 2), (8, 2)):
+        mask = torch.zeros(1, 1, 9, 16, 16)
+        mask[:, :, frame, 3, 12] = 1
+        found = stage.latent_mask(mask, size).nonzero()[:, 2:].tolist()
+        assert found == [[i, 0, 1] for i in ([0] * front + [front] if latent == 0 else [latent + front])]
+    with pytest.raises(ValueError, match="a mask of 8 frames; a clip has 4 k"):
+        stage.latent_mask(torch.zeros(1, 1, 8, 16, 16), size)

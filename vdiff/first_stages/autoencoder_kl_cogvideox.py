@@ -157,6 +157,18 @@ class AutoencoderKLCogVideoX(GaussianAutoencoder, name="autoencoder_kl_cogvideox
         frames = [(n - 1) // t + 1 + (self.front_latents if n > 1 else 0) for n in frames]
         return (self.latent_channels, *frames, height // self.factor, width // self.factor)
 
+    def latent_mask(self, mask: Tensor, size: Sequence[int]) -> Tensor:
+        """The first latent of a clip stands for one frame, the others for ``time_factor`` each, and those in front for
+        what the first does."""
+        if mask.ndim == 5 and mask.shape[2] > 1:
+            if (mask.shape[2] - 1) % self.time_factor:
+                raise ValueError(
+                    f"{type(self).__name__}: a mask of {mask.shape[2]} frames; a clip has {self.time_factor} k + 1."
+                )
+            groups = mask[:, :, 1:].unflatten(2, (-1, self.time_factor)).amax(3)
+            mask = self._with_front(torch.cat([mask[:, :, :1], groups], dim=2))
+        return super().latent_mask(mask, size)
+
     def _with_front(self, latents: Tensor) -> Tensor:
         """A clip's latents with copies of the first in front."""
         if not self.front_latents:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdiff.process import RowKeys
@@ -42,6 +43,19 @@ class FirstStage(Registered, nn.Module, kind="first_stage"):
     @abstractmethod
     def latent_shape(self, pixel_shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the latents of one sample of shape ``(c, h, w)`` or ``(c, f, h, w)``."""
+
+    def latent_mask(self, mask: Tensor, size: Sequence[int]) -> Tensor:
+        """The largest value of a mask in the cell of pixels that each latent stands for.
+
+        Args:
+            mask: ``(B, 1, h, w)`` or ``(B, 1, f, h, w)``.
+            size: Of the latents, after the channels.
+
+        Returns:
+            ``(B, 1, *size)``, float32.
+        """
+        pool = F.adaptive_max_pool2d if mask.ndim == 4 else F.adaptive_max_pool3d
+        return pool(mask.float(), tuple(size))
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vdiff.engine import Batch, DiffusionEngine
+from vdiff.first_stages import FirstStage, IdentityFirstStage
 from vdiff.networks import in_eval
 from vdiff.process import Conditioning
 from vdiff.samplers import Callback, Edit, Guider, Inpainting, Sampler, in_turn
@@ -92,7 +93,7 @@ def inpaint(
         Lugmayr et al., arXiv:2201.09865, section 4.1 (without resampling).
     """
     x0 = encoded(engine, pixels)
-    known = Inpainting(x0, latent_mask(mask, x0).to(x0.device))
+    known = Inpainting(x0, latent_mask(mask, x0, engine.first_stage).to(x0.device))
     out = engine.sample(
         cond,
         negative=negative,
@@ -125,12 +126,13 @@ def encoded(engine: DiffusionEngine, pixels: Tensor) -> Tensor:
         return engine.first_stage.encode(pixels.to(engine.device))
 
 
-def latent_mask(mask: Tensor, latents: Tensor) -> Tensor:
+def latent_mask(mask: Tensor, latents: Tensor, first_stage: FirstStage | None = None) -> Tensor:
     """The mask at the resolution of ``latents``: one where any pixel of the cell is made anew.
 
     Args:
         mask: ``(B or 1, 1, h, w)`` or ``(B or 1, 1, f, h, w)``.
         latents: ``(B, c, ...)`` with as many axes.
+        first_stage: Says which pixels a latent stands for; by default cells are even.
     """
     if mask.ndim != latents.ndim or mask.ndim not in (4, 5) or mask.shape[1] != 1:
         raise ValueError(
@@ -139,5 +141,5 @@ def latent_mask(mask: Tensor, latents: Tensor) -> Tensor:
         )
     if mask.min() < 0 or mask.max() > 1:
         raise ValueError(f"inpainting: a mask lies in [0, 1], got {mask.min():.3g} to {mask.max():.3g}.")
-    pool = nn.functional.adaptive_max_pool2d if mask.ndim == 4 else nn.functional.adaptive_max_pool3d
-    return pool(mask.float(), latents.shape[2:]).to(latents.dtype)
+    stage = IdentityFirstStage() if first_stage is None else first_stage
+    return stage.latent_mask(mask, latents.shape[2:]).to(latents.dtype)
