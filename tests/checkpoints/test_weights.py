@@ -184,6 +184,8 @@ def test_shards_are_joined_and_never_leave_their_folder(tmp_path):
 
 def test_a_missing_or_foreign_file_is_named(tmp_path):
     save_weights(tmp_path / "w.safetensors", {"a": torch.ones(1)})
+    with pytest.raises(WeightFileError, match=r"a folder. open_weights\(...\) and load_published"):
+        read_weights(tmp_path)
     with pytest.raises(WeightFileError, match=r"x\.pt: no such weight file. In .*: w\.safetensors"):
         read_weights(tmp_path / "x.pt")
     (tmp_path / "w.h5").write_bytes(b"")

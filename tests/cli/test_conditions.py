@@ -9,7 +9,7 @@ import torch
 
 from vdiff.cli import main
 from vdiff.cli.conditions import asked_fields, fields_of
-from vdiff.conditioners import ClassLabelEmbedder, EmbedderConditioner, ScalarFourierEmbedder
+from vdiff.conditioners import ClassLabelEmbedder, EmbedderConditioner, ImageLatentsEmbedder, ScalarFourierEmbedder
 from vdiff.data import Digits
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +106,8 @@ def test_any_field_is_served():
     assert asked(*usual) == {"bucket": [127], "crop": [[0, 0]]}
     with pytest.raises(ValueError, match="also told fps; say --field fps="):
         asked(*both)
+    with pytest.raises(ValueError, match=r"told fps, image, and no word can say image.*sample\(\{'fps': ..., 'image'"):
+        asked(ScalarFourierEmbedder("fps"), ImageLatentsEmbedder())
     with pytest.raises(ValueError, match="--field fps=x: a number, or several"):
         asked(*both, field=[("fps", "x")])
     with pytest.raises(ValueError, match="told classes by label, other; say --field label="):

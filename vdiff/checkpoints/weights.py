@@ -69,6 +69,8 @@ def read_weights(file: str | Path, inside: str | None = None) -> dict[str, Tenso
         UnsafeFileError: it would run code, expand when read, or point outside its folder.
     """
     file = Path(file)
+    if file.is_dir():
+        raise WeightFileError(f"{file}: a folder. open_weights(...) and load_published(...) read one of diffusers'.")
     if not file.is_file():
         near = (
             ", ".join(sorted(f.name for f in file.parent.glob("*"))[:8]) if file.parent.is_dir() else "no such folder"

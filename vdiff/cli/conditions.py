@@ -45,6 +45,12 @@ def asked_fields(engine: DiffusionEngine, arguments: argparse.Namespace) -> Fiel
         if field not in fields and usual is not None:
             fields[field] = list(usual)
     if missing := [field for field in readers if field not in fields]:
+        if unsaid := [field for field in missing if type(readers[field]).parse is Embedder.parse]:
+            given = ", ".join(f"{field!r}: ..." for field in missing)
+            raise ValueError(
+                f"this engine is also told {', '.join(missing)}, and no word can say {', '.join(unsaid)}. Sample from "
+                f"Python: DiffusionEngine.load(RUN).sample({{{given}}})."
+            )
         ways = {f: "--prompt TEXT" if isinstance(readers[f], TextEmbedder) else f"--field {f}=..." for f in missing}
         raise ValueError(f"this engine is also told {', '.join(missing)}; say {' and '.join(ways.values())}.")
     return {field: fields[field] for field in readers}
