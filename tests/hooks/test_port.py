@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vdiff.hooks import PORT, Part, Port, attached, describe, insert, is_port_key, parts, remove
+from vdiff.hooks import PORT, Part, Port, attached, describe, insert, is_port_key, parts, remove, within
 
 
 class Times(Part):
@@ -136,6 +136,28 @@ def test_a_copy_is_independent(duplicate):
     remove([(twin[0], parts(twin)[0])])
     assert torch.equal(twin(x), plain)
     assert torch.equal(host(x), plain + 1)
+
+
+def test_what_acts_follows_every_switch_and_term_also_of_a_copy():
+    host, x = nn.Linear(2, 2), torch.randn(3, 2)
+    bare = host(x)
+    insert([("", host, named("one", Plus())), ("", host, named("two", Times(3)))], "Test")
+    copied = pickle.loads(pickle.dumps(host))
+    for each in (host, copied, copy.deepcopy(host)):
+        one, two = each._port.values()
+        two.enabled = False
+        assert torch.equal(each(x), bare + 1)
+        one.term = "elsewhere"
+        assert torch.equal(each(x), bare)
+        with within(each, "elsewhere"):
+            assert torch.equal(each(x), bare + 1)
+            one.enabled = False
+            assert torch.equal(each(x), bare)
+        one.enabled = two.enabled = True
+        assert torch.equal(each(x), bare * 3)
+        remove([(each, one)])
+        one.enabled = False  # of no concern to the port that it left
+        assert torch.equal(each(x), bare * 3)
 
 
 def test_two_that_replace_are_an_error_that_names_both():

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from vdiff.hooks.port import PORT, Part, Port, ports
+from vdiff.hooks.port import PORT, Part, Port, ask_after, ask_before, ports
 from vdiff.hooks.stand_in import stand_down
 
 
@@ -31,11 +31,8 @@ def insert(sites: Iterable[tuple[str, nn.Module, Part]], who: str) -> None:
         if PORT not in host._modules:
             host.add_module(PORT, Port().train(host.training))
         port = cast(Port, host._modules[PORT])
-        port.add_module(part.mixin_name, part.train(host.training))
-        if part.is_outermost:
-            port._modules = {part.mixin_name: part} | port._modules
-        port._modules = dict(sorted(port._modules.items(), key=lambda item: item[1].is_innermost))
-        _register(host, port)
+        port.put(part.train(host.training))
+        _register(host, port.values())
     _forget_compiled()
 
 
@@ -43,8 +40,8 @@ def remove(sites: Iterable[tuple[nn.Module, Part]]) -> None:
     """Take parts away, and ports that are empty with them."""
     for host, part in sites:
         port = cast(Port, host._modules[PORT])
-        del port._modules[part.mixin_name]
-        _register(host, port)
+        port.take(part.mixin_name)
+        _register(host, port.values())
         if not len(port):
             del host._modules[PORT]
     _forget_compiled()
@@ -57,27 +54,25 @@ def bare_copy(module: nn.Module, replaced: Mapping[nn.Module, nn.Module] | None 
     copied = deepcopy(module, memo)
     for host in copied.modules():
         stand_down(host)
-        port = host._modules.pop(PORT, None)
-        for table in (host._forward_pre_hooks, host._forward_hooks) if port is not None else ():
-            for key in [key for key, hook in table.items() if getattr(hook, "__self__", None) is port]:
-                del table[key]
-                host._forward_pre_hooks_with_kwargs.pop(key, None)
-                host._forward_hooks_with_kwargs.pop(key, None)
+        if host._modules.pop(PORT, None) is not None:
+            _register(host, [])
     return copied
 
 
-def _register(host: nn.Module, port: Port) -> None:
-    """The port's hooks, registered where a part needs them and nowhere else."""
-    tables = (
-        ("before", host._forward_pre_hooks, host._forward_pre_hooks_with_kwargs, host.register_forward_pre_hook),
-        ("after", host._forward_hooks, host._forward_hooks_with_kwargs, host.register_forward_hook),
+def _register(host: nn.Module, parts: Iterable[Part]) -> None:
+    """The hooks, where one of the parts needs them and nowhere else."""
+    register: Any
+    ways = (
+        ("before", ask_before, host._forward_pre_hooks, host._forward_pre_hooks_with_kwargs),
+        ("after", ask_after, host._forward_hooks, host._forward_hooks_with_kwargs),
     )
-    for name, table, with_kwargs, register in tables:
-        # Found by their owner: a handle would keep pointing at the original of a deep copy.
-        held = [key for key, hook in table.items() if getattr(hook, "__self__", None) is port]
-        needed = any(getattr(type(part), name) is not getattr(Part, name) for part in port.values())
+    for name, ask, table, with_kwargs in ways:
+        # Found by what they are: a handle would keep pointing at the original of a deep copy.
+        held = [key for key, hook in table.items() if hook is ask]
+        needed = any(getattr(type(part), name) is not getattr(Part, name) for part in parts)
         if needed and not held:
-            register(getattr(port, name), with_kwargs=True)
+            register = host.register_forward_pre_hook if name == "before" else host.register_forward_hook
+            register(ask, with_kwargs=True)
         elif held and not needed:
             for key in held:
                 del table[key]

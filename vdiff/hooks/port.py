@@ -1,11 +1,11 @@
-"""The port: one child per touched module, whose bound methods are that module's forward hooks.
+"""The port: one child per touched module, that holds what mixins put there; its host's forward hooks ask it.
 
 A module calls its hooks before and after ``forward``. A mixin puts a :class:`Part` at every site it
 touches; all parts at one site live in one :class:`Port`, a child of the host, in the order in which
-they were attached. The port's bound methods are the registered hooks: unlike a closure, a bound
-method follows its port through deepcopy and pickle, so that a copied network is independent of the
-first. The host's class, forward and existing state-dict keys stay as they are; the keys of parts are
-``<host>._port.<mixin>.<leaf>``.
+they were attached. The registered hooks are two functions that look for the port of the module they are
+called for: unlike a closure, they hold nothing, so that a copied or unpickled network is independent of the
+first, and compiled code finds the weights of parts as it finds those of any child. The host's class, forward and
+existing state-dict keys stay as they are; the keys of parts are ``<host>._port.<mixin>.<leaf>``.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Part(nn.Module):
         accepts: Names of conditions that it reads, at a network that may know nothing of them.
         mixin, mixin_name: Whose part it is.
         enabled: A part that is off is passed over.
+        port: Where it is, as a tuple of one, or of none: a tuple hides it from the module tree.
         scale: ``()``, how much of it; a buffer, so that changing it recompiles nothing.
         gate: ``(B,)``, how much of it each row gets, or None for 1; ``(B, P)`` where it is one number for each of
             P partners. Set per call by :class:`routed`.
@@ -62,13 +63,33 @@ class Part(nn.Module):
         super().__init__()
         self.mixin: Any = None
         self.mixin_name = ""
-        self.enabled = True
-        self.term = ""
+        self.port: tuple[Port, ...] = ()
+        self._enabled, self._term = True, ""
         self.strength = 1.0
         self.gate: Tensor | None = None
         self.partners: Tensor | None = None
         self.given: Tensor | None = None
         self.register_buffer("scale", torch.ones(()), persistent=False)
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = value
+        for port in self.port:
+            port.refresh()
+
+    @property
+    def term(self) -> str:
+        return self._term
+
+    @term.setter
+    def term(self, value: str) -> None:
+        self._term = value
+        for port in self.port:
+            port.refresh()
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """What the host is called with instead of ``args`` and ``kwargs``."""
@@ -115,7 +136,13 @@ class Part(nn.Module):
 
 class Port(nn.ModuleDict):
     """The parts at one module, by the name of their mixin, in the order of attachment, outermost ones first and
-    innermost ones last."""
+    innermost ones last.
+
+    Attributes:
+        term: On whose behalf its host is called now, see :func:`within`.
+        acting: The parts that are on and of that term: what a call of the host asks. Kept rather than found, since
+            every call of every host would find it anew.
+    """
 
     if TYPE_CHECKING:
         _modules: dict[str, Part]  # type: ignore[assignment]
@@ -127,29 +154,32 @@ class Port(nn.ModuleDict):
     def __init__(self) -> None:
         super().__init__()
         self.term = ""
-        self._witness = Witness()
+        self.acting: tuple[Part, ...] = ()
+        self.witness = Witness()
 
     def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The identity: an ``nn.Sequential`` calls all its children, its port among them."""
         return x
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if is_grad_enabled() and not is_compiling():
-            self._witness.check(self)
-        term = self.term
-        for part in self._modules.values():  # not self.values(): this runs at every call of every host
-            if part.enabled and part.term == term:
-                args, kwargs = part.before(module, args, kwargs)
-        return args, kwargs
+    def put(self, part: Part) -> None:
+        """Take a part in, at its place."""
+        self.add_module(part.mixin_name, part)
+        if part.is_outermost:
+            self._modules = {part.mixin_name: part} | self._modules
+        self._modules = dict(sorted(self._modules.items(), key=lambda item: item[1].is_innermost))
+        part.port = (self,)
+        self.refresh()
 
-    def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        if is_grad_enabled() and not is_compiling():
-            self._witness.check(self)
-        term = self.term
-        for part in self._modules.values():
-            if part.enabled and part.term == term:
-                output = part.after(module, args, kwargs, output)
-        return output
+    def take(self, name: str) -> None:
+        """Give a part up."""
+        part = self._modules.pop(name)
+        part.port = tuple(port for port in part.port if port is not self)  # a copy may share a part with its original
+        self.refresh()
+
+    def refresh(self, term: str | None = None) -> None:
+        """Find the parts that act: after one was switched, or for another term."""
+        self.term = self.term if term is None else term
+        self.acting = tuple(part for part in self.values() if part.enabled and part.term == self.term)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         for name, part in self.items():
@@ -159,6 +189,26 @@ class Port(nn.ModuleDict):
         if not any(key.startswith(prefix) for key in state_dict):
             state_dict.update(self.state_dict(prefix=prefix, keep_vars=True))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def ask_before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The hook before ``forward`` of a module with a port."""
+    port: Any = module._modules[PORT]
+    if is_grad_enabled() and not is_compiling():
+        port.witness.check(port)
+    for part in port.acting:
+        args, kwargs = part.before(module, args, kwargs)
+    return args, kwargs
+
+
+def ask_after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    """The hook after it."""
+    port: Any = module._modules[PORT]
+    if is_grad_enabled() and not is_compiling():
+        port.witness.check(port)
+    for part in port.acting:
+        output = part.after(module, args, kwargs, output)
+    return output
 
 
 def ports(root: nn.Module) -> list[Port]:
@@ -185,11 +235,11 @@ def within(module: nn.Module, term: str) -> Iterator[None]:
     before = [port.term for port in found]
     try:
         for port in found:
-            port.term = term
+            port.refresh(term)
         yield
     finally:
         for port, one in zip(found, before, strict=True):
-            port.term = one
+            port.refresh(one)
 
 
 def accepts(module: nn.Module) -> tuple[str, ...]:

@@ -52,16 +52,16 @@ class Snapshot:
                     f"Between forward and backward the mixins of a module changed from {names} to {list(port)}. "
                     "Attach and detach after backward."
                 )
-        self.after = [([_state(part) for part in port.values()], port._witness) for port, _, _ in self.states]
+        self.after = [([_state(part) for part in port.values()], port.witness) for port, _, _ in self.states]
         for port, states, _ in self.states:
             _put(port, states)
-            port._witness = Witness(port)
+            port.witness = Witness(port)
         return self
 
     def __exit__(self, *error: object) -> None:
         for (port, _, _), (states, witness) in zip(self.states, self.after, strict=True):
             _put(port, states)
-            port._witness = witness
+            port.witness = witness
 
 
 def _state(part: Part, copy: bool = False) -> dict[str, Any]:

@@ -264,7 +264,7 @@ def _copied(module: nn.Module, own: Part | None = None) -> nn.Module:
     copied = copy.deepcopy(module, shared)
     for port in ports(copied):
         for name in [name for name, part in port.items() if part is own]:
-            del port._modules[name]
+            port.take(name)
     return copied
 
 
