@@ -4,15 +4,26 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vdiff.cli import main
 from vdiff.cli.conditions import asked_fields, fields_of
-from vdiff.conditioners import ClassLabelEmbedder, EmbedderConditioner, ImageLatentsEmbedder, ScalarFourierEmbedder
-from vdiff.data import Digits
+from vdiff.conditioners import (
+    ClassLabelEmbedder,
+    Embedder,
+    EmbedderConditioner,
+    FieldEmbedder,
+    ImageLatentsEmbedder,
+    ScalarFourierEmbedder,
+)
+from vdiff.data import Digits, Framing, MovingDigits, read_picture
+from vdiff.engine import DiffusionEngine
 
 ROOT = Path(__file__).parents[2]
+ASKED = {"field": None, "label": None, "prompt": None, "prompts": None, "image": None}
 SMALL = [
     "engine.denoiser.network.channels=16",
     "engine.denoiser.network.norm_groups=8",
@@ -86,13 +97,24 @@ def test_what_is_missing_is_said(run, options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def engine(*embedders):
-    return SimpleNamespace(conditioner=EmbedderConditioner(embedders), guider=None)
+def engine(*embedders, sample_shape=(1, 4, 6), pixel_range=(-1, 1)):
+    return SimpleNamespace(
+        conditioner=EmbedderConditioner(embedders),
+        guider=None,
+        sample_shape=sample_shape,
+        first_stage=SimpleNamespace(pixel_range=pixel_range),
+    )
 
 
 def asked(*embedders, **options):
-    defaults = {"field": None, "label": None, "prompt": None, "prompts": None}
-    return asked_fields(engine(*embedders), SimpleNamespace(**defaults | options))
+    return asked_fields(engine(*embedders), SimpleNamespace(**ASKED | options))
+
+
+class OrderEmbedder(Embedder):
+    """What only Python can say."""
+
+    def forward(self, value):
+        return value
 
 
 def test_any_field_is_served():
@@ -106,12 +128,58 @@ def test_any_field_is_served():
     assert asked(*usual) == {"bucket": [127], "crop": [[0, 0]]}
     with pytest.raises(ValueError, match="also told fps; say --field fps="):
         asked(*both)
-    with pytest.raises(ValueError, match=r"told fps, image, and no word can say image.*sample\(\{'fps': ..., 'image'"):
+    with pytest.raises(ValueError, match="also told fps, image; say --field fps=... and --image FILE"):
         asked(ScalarFourierEmbedder("fps"), ImageLatentsEmbedder())
+    with pytest.raises(ValueError, match=r"told fps, order, and no word can say order.*sample\(\{'fps': ..., 'order'"):
+        asked(ScalarFourierEmbedder("fps"), OrderEmbedder("order", "vector"))
     with pytest.raises(ValueError, match="--field fps=x: a number, or several"):
         asked(*both, field=[("fps", "x")])
     with pytest.raises(ValueError, match="told classes by label, other; say --field label="):
         asked(both[0], ClassLabelEmbedder(10, 4, reads="other"), label=[1])
+
+
+def test_a_picture_is_the_centre_of_a_file_in_the_shape_and_the_values_of_samples(tmp_path):
+    pixels = torch.linspace(0, 255, 4 * 6).round().to(torch.uint8).view(4, 6).numpy()
+    wide = np.pad(pixels, ((0, 0), (5, 5)))
+    Image.fromarray(pixels).save(tmp_path / "fits.png")
+    Image.fromarray(np.stack([wide] * 3, -1)).save(tmp_path / "wide.png")
+    files = [str(tmp_path / name) for name in ("fits.png", "wide.png")]
+    told = asked(ImageLatentsEmbedder(), image=files)["image"]
+    expected = torch.from_numpy(pixels)[None] / 127.5 - 1
+    assert len(told) == 2 and all(torch.allclose(one, expected, atol=1e-6) for one in told)
+    assert torch.equal(asked(ImageLatentsEmbedder(reads="start"), field=[("start", files[0])])["start"][0], told[0])
+    assert torch.equal(asked(FieldEmbedder("hint", "concat"), image=files)["hint"][0], told[0])
+    bytes_, colour = (
+        asked_fields(engine(ImageLatentsEmbedder(), **has), SimpleNamespace(**ASKED | {"image": files}))["image"][0]
+        for has in ({"pixel_range": (0, 255)}, {"sample_shape": (3, 5, 4, 6)})  # a video of five frames
+    )
+    assert torch.allclose(bytes_, torch.from_numpy(pixels)[None].float(), atol=1e-4)
+    assert torch.equal(colour, told[0].expand(3, 4, 6))
+    (tmp_path / "words.png").write_text("no picture")
+    for file, message in {"words.png": "--image: .*words.png: not a picture", "none.png": "no such file"}.items():
+        with pytest.raises(ValueError, match=message):
+            asked(ImageLatentsEmbedder(), image=[str(tmp_path / file)])
+    with pytest.raises(ValueError, match="--image: this engine is not conditioned on pictures"):
+        asked(ClassLabelEmbedder(10, 4), image=files)
+    with pytest.raises(ValueError, match="--image: pictures are cut as samples are, and engine.sample_shape is None"):
+        asked_fields(engine(ImageLatentsEmbedder(), sample_shape=None), SimpleNamespace(**ASKED | {"image": files}))
+
+
+def test_a_video_begins_with_the_picture_that_the_command_line_names(tmp_path):
+    run = tmp_path / "run"
+    assert main(["train", str(ROOT / "configs" / "moving_digits_image.yaml"), *SMALL, "--out", str(run)]) == 0
+    images = MovingDigits("test", size=14, image="first", travel=(2, 4))
+    files = []
+    for i in (0, 7):
+        pixels = ((images[i]["image"][0] + 1) * 127.5).round().to(torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        files += ["--image", str(tmp_path / f"{i}.png")]
+    drawn = samples(run, "--num", "4", *files)
+    assert drawn.shape == (4, 1, 8, 14, 14)
+    ours = DiffusionEngine.load(run)
+    shown = torch.stack([read_picture(tmp_path / f"{i}.png", Framing(14, channels=1)) for i in (0, 7, 0, 7)])
+    assert torch.equal(drawn, ours.sample({"image": shown}, seeds=0).clamp(-1, 1))
+    assert not torch.allclose(drawn[0], ours.sample({"image": shown[1:2]}, seeds=0)[0].clamp(-1, 1), atol=1e-3)
 
 
 def test_conditions_of_data_begin_again_where_they_end():

@@ -72,6 +72,10 @@ def test_values_are_in_the_declared_range_and_bytes_say_the_same():
     assert row["video"].min() >= -1 and row["video"].max() <= 1 and row["video"][0, :, 0].max() == -1
     assert bytes_["video"].dtype == torch.uint8
     assert (bytes_["video"] / 127.5 - 1 - row["video"]).abs().max() <= 0.5001 / 127.5
+    for ours in (floats, whole):
+        shown = MovingDigits(dtype=ours.dtype, image="first")
+        assert torch.equal(shown[5]["image"], ours[5]["video"][:, 0]) and "image" not in ours[5]
+        assert shown.ranges["image"] == ours.ranges["video"] == shown.ranges["video"]
     assert Loader(floats, 3).batch(0)["video"].shape == (3, 1, 8, 16, 16)
 
 
@@ -82,6 +86,7 @@ def test_values_are_in_the_declared_range_and_bytes_say_the_same():
         ({"travel": (3, 7)}, r"from 0 to 6, or a path leaves the canvas of 16 pixels; got \(3, 7\)"),
         ({"num_frames": 0}, "must be at least 1"),
         ({"dtype": "int8"}, "dtype must be"),
+        ({"image": "last"}, "image is 'first' or nothing"),
     ],
 )
 def test_what_does_not_fit_is_an_error(options, message):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,15 @@ import torch
 from torch import Tensor
 
 from vdiff.conditioners import ClassLabelEmbedder, Embedder, EmbedderConditioner, TextEmbedder
-from vdiff.data import Dataset, Row
+from vdiff.data import Dataset, Framing, Row, read_picture
 from vdiff.engine import DiffusionEngine
 from vdiff.samplers import NoneGuider
 
+_READS: dict[str, Callable[[Embedder], bool]] = {
+    "classes": lambda embedder: isinstance(embedder, ClassLabelEmbedder),
+    "text": lambda embedder: isinstance(embedder, TextEmbedder),
+    "pictures": lambda embedder: embedder.is_picture,
+}
 Fields = dict[str, Any]
 """By batch field a list, or a tensor, of values: one per sample, or some to be gone through in turn."""
 
@@ -26,18 +31,22 @@ def asked_fields(engine: DiffusionEngine, arguments: argparse.Namespace) -> Fiel
     """
     words = [(field, word, f"--field {field}={word}") for field, word in arguments.field or ()]
     for label in arguments.label or ():
-        words.append((_the(engine, ClassLabelEmbedder, "--label", "classes"), str(label), f"--label {label}"))
+        words.append((_the(engine, "classes", "--label"), str(label), f"--label {label}"))
+    for file in arguments.image or ():
+        words.append((_the(engine, "pictures", "--image"), file, "--image"))
     prompts = list(arguments.prompt or ())
     for file in arguments.prompts or ():
         prompts += _lines(Path(file))
-    words += [(_the(engine, TextEmbedder, "--prompt", "text"), prompt, "--prompt") for prompt in prompts]
+    words += [(_the(engine, "text", "--prompt"), prompt, "--prompt") for prompt in prompts]
     readers = {e.reads: e for e in _embedders(engine)}
     fields: Fields = {}
     for field, word, option in words:
         if field not in readers:
             raise ValueError(f"{option}: this engine is told {', '.join(readers) or 'nothing'}, and no {field!r}.")
         try:
-            fields.setdefault(field, []).append(readers[field].parse(word))
+            embedder = readers[field]
+            value = _picture(engine, Path(word)) if embedder.is_picture else embedder.parse(word)
+            fields.setdefault(field, []).append(value)
         except ValueError as error:
             raise ValueError(f"{option}: {error}") from error
     for field, embedder in readers.items():
@@ -45,21 +54,21 @@ def asked_fields(engine: DiffusionEngine, arguments: argparse.Namespace) -> Fiel
         if field not in fields and usual is not None:
             fields[field] = list(usual)
     if missing := [field for field in readers if field not in fields]:
-        if unsaid := [field for field in missing if type(readers[field]).parse is Embedder.parse]:
+        if unsaid := [field for field in missing if not _can_say(readers[field])]:
             given = ", ".join(f"{field!r}: ..." for field in missing)
             raise ValueError(
                 f"this engine is also told {', '.join(missing)}, and no word can say {', '.join(unsaid)}. Sample from "
                 f"Python: DiffusionEngine.load(RUN).sample({{{given}}})."
             )
-        ways = {f: "--prompt TEXT" if isinstance(readers[f], TextEmbedder) else f"--field {f}=..." for f in missing}
-        raise ValueError(f"this engine is also told {', '.join(missing)}; say {' and '.join(ways.values())}.")
+        ways = " and ".join(_way(readers[field]) for field in missing)
+        raise ValueError(f"this engine is also told {', '.join(missing)}; say {ways}.")
     return {field: fields[field] for field in readers}
 
 
 def negative_fields(engine: DiffusionEngine, prompt: str | None) -> Fields | None:
     if prompt is None:
         return None
-    field = _the(engine, TextEmbedder, "--negative", "text")
+    field = _the(engine, "text", "--negative")
     if isinstance(engine.guider, NoneGuider) or getattr(engine.guider, "scale", None) == 1:
         raise ValueError("--negative: without guidance there is nothing to move away from; add --guidance, such as 3.")
     return {field: [prompt]}
@@ -70,14 +79,35 @@ def _embedders(engine: DiffusionEngine) -> list[Embedder]:
     return list(conditioner.embedders) if isinstance(conditioner, EmbedderConditioner) else []  # type: ignore[arg-type]
 
 
-def _the(engine: DiffusionEngine, kind: type[Embedder], option: str, noun: str) -> str:
+def _the(engine: DiffusionEngine, noun: str, option: str) -> str:
     """The one field that an option means."""
-    fields = list(dict.fromkeys(e.reads for e in _embedders(engine) if isinstance(e, kind)))
+    fields = list(dict.fromkeys(e.reads for e in _embedders(engine) if _READS[noun](e)))
     if not fields:
         raise ValueError(f"{option}: this engine is not conditioned on {noun}.")
     if len(fields) > 1:
         raise ValueError(f"{option}: this engine is told {noun} by {', '.join(fields)}; say --field {fields[0]}=...")
     return fields[0]
+
+
+def _can_say(embedder: Embedder) -> bool:
+    return embedder.is_picture or type(embedder).parse is not Embedder.parse
+
+
+def _way(embedder: Embedder) -> str:
+    """How a field is said on the command line."""
+    if embedder.is_picture:
+        return "--image FILE"
+    return "--prompt TEXT" if isinstance(embedder, TextEmbedder) else f"--field {embedder.reads}=..."
+
+
+def _picture(engine: DiffusionEngine, file: Path) -> Tensor:
+    """A picture as the engine's data are: its centre in their shape, in the values of their pixels."""
+    shape = engine.sample_shape
+    if shape is None or shape[0] not in (1, 3):
+        raise ValueError(f"pictures are cut as samples are, and engine.sample_shape is {shape}; sample from Python.")
+    pixels = read_picture(file, Framing((shape[-2], shape[-1]), channels=shape[0]))  # type: ignore[arg-type]
+    low, high = engine.first_stage.pixel_range
+    return pixels if (low, high) == (-1, 1) else low + (pixels + 1) / 2 * (high - low)
 
 
 def _lines(file: Path) -> list[str]:
@@ -91,7 +121,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def cycled(fields: Fields, num: int) -> Fields:
-    return {name: [rows[i % len(rows)] for i in range(num)] for name, rows in fields.items()}
+    return {name: _together([rows[i % len(rows)] for i in range(num)]) for name, rows in fields.items()}
 
 
 def numbers(engine: DiffusionEngine, fields: Fields) -> dict[str, Tensor]:
@@ -125,5 +155,8 @@ def _column(rows: Sequence[Row], field: str, default: Any) -> Any:
         return [default] * len(rows)
     if field not in rows[0]:
         raise ValueError(f"the engine is told {field!r}, which the data have not. They have: {', '.join(rows[0])}.")
-    values = [row[field] for row in rows]
+    return _together([row[field] for row in rows])
+
+
+def _together(values: list[Any]) -> Any:
     return torch.stack(values) if isinstance(values[0], Tensor) else values

@@ -80,6 +80,12 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--negative", default=None, metavar="PROMPT", help="what guidance moves away from")
     sample.add_argument("--label", type=int, action="append", help="class of all samples; repeat for several")
     sample.add_argument(
+        "--image",
+        action="append",
+        metavar="FILE",
+        help="a picture to begin with or go by; repeat for several",
+    )
+    sample.add_argument(
         "--field", type=_field, action="append", metavar="NAME=VALUE", help="any other condition; repeat for several"
     )
     sample.add_argument("--out", default=None, help="picture (.png), video (.gif, .mp4) or tensor (.safetensors)")

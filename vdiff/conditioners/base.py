@@ -62,11 +62,13 @@ class Embedder(Registered, nn.Module, kind="embedder"):
 
     Attributes:
         choices: All values that a row of the field may have, where they can be counted.
+        is_picture: Whether a row of the field is a picture, ``(c, h, w)``.
         default: The value of every row where a batch has no such field; None: there must be one.
     """
 
     has_empty: ClassVar[bool] = False
     choices: Sequence[Any] | None = None
+    is_picture: bool = False
     default: Any = None
 
     def __init__(

@@ -169,6 +169,7 @@ class FieldEmbedder(Embedder):
     ) -> None:
         super().__init__(reads, feeds or reads, drop, null)
         self.absent, self.offset, self.default = absent, offset, default
+        self.is_picture = self.feeds == "concat"
         self.register_buffer("place", torch.empty(0), persistent=False)  # moves with the module
 
     def forward(self, value: Tensor) -> Tensor:

@@ -70,6 +70,8 @@ class ImageLatentsEmbedder(Embedder, name="image_latents"):
         arXiv:2106.15282.
     """
 
+    is_picture = True
+
     def __init__(
         self,
         first_stage: FirstStage | None = None,

@@ -55,6 +55,7 @@ class OpenCLIPImageEmbedder(Embedder, name="open_clip_image"):
     """
 
     has_empty = True
+    is_picture = True
     mean: Tensor
     std: Tensor
 

@@ -47,7 +47,7 @@ class ImageTokensEmbedder(Embedder, name="image_tokens", aliases=("resampler",))
         trainable: bool = True,
     ) -> None:
         super().__init__(tower.reads, feeds, drop, null)
-        self.tower, self.frames = tower, frames
+        self.tower, self.frames, self.is_picture = tower, frames, tower.is_picture
         self.resampler = resampler if resampler is not None else Resampler()
         num_queries = self.resampler.latents.shape[1]
         if frames is not None and (frames < 1 or num_queries % frames):

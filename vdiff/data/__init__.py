@@ -7,7 +7,7 @@ from vdiff.data.collate import Batch, collate, noise_key
 from vdiff.data.digits import Digits
 from vdiff.data.dreambooth import DreamBoothDataset
 from vdiff.data.folder import BrokenFileError, FolderDataset, TooManyBrokenError
-from vdiff.data.framing import Framing
+from vdiff.data.framing import Framing, read_picture
 from vdiff.data.image_folder import ImageFolder
 from vdiff.data.joint import DerivedMap, JointDataset, SobelMap
 from vdiff.data.loader import Loader
@@ -51,4 +51,5 @@ __all__ = [
     "index",
     "noise_key",
     "read_frames",
+    "read_picture",
 ]

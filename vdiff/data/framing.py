@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -70,6 +71,31 @@ class Framing:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = torch.from_numpy(np.array(image)).reshape(self.height, self.width, self.channels)
         return pixels.permute(2, 0, 1).to(torch.float32) / 127.5 - 1
+
+
+def read_picture(file: Path, framing: Framing) -> Tensor:
+    """The centre of a picture in a file, upright, on white where it is transparent: ``(channels, height, width)``.
+
+    Raises:
+        ValueError: there is no such file, or it holds no picture.
+    """
+    try:
+        with Image.open(file) as opened:
+            image = upright(opened)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever they like at bad bytes
+        raise ValueError(f"{file}: {reason(error)}.") from error
+    return framing(image, framing.cut(image.size))
+
+
+def reason(error: Exception) -> str:
+    """Why a picture could not be read, in a few words."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "not a picture"  # Pillow's words repeat the path
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def upright(image: Image.Image, background: Sequence[int] = (255, 255, 255)) -> Image.Image:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vdiff.data.base import Row
 from vdiff.data.folder import BrokenFileError, FolderDataset
-from vdiff.data.framing import Framing, upright
+from vdiff.data.framing import Framing, reason, upright
 from vdiff.data.listing import Listed
 
 
@@ -77,7 +77,7 @@ class ImageFolder(FolderDataset):
         except MemoryError:
             raise
         except Exception as error:  # decoders raise whatever they like at bad bytes
-            raise BrokenFileError(f"{self.name(listed)}: {_reason(error)}") from error
+            raise BrokenFileError(f"{self.name(listed)}: {reason(error)}") from error
 
     def look(self, listed: Listed, check: str) -> None:
         if check == "whole":
@@ -87,12 +87,4 @@ class ImageFolder(FolderDataset):
             with Image.open(listed.file):
                 pass
         except Exception as error:
-            raise BrokenFileError(f"{self.name(listed)}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
-    if type(error).__name__ == "UnidentifiedImageError":
-        return "not a picture"  # Pillow's words repeat the path
-    return str(error).partition("\n")[0] or type(error).__name__
+            raise BrokenFileError(f"{self.name(listed)}: {reason(error)}") from error

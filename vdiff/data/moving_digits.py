@@ -19,10 +19,11 @@ _REACH = 1  # a spline writes this many pixels beyond a digit's own
 class MovingDigits(Dataset):
     r"""Handwritten digits on straight paths, one per clip, at a constant velocity.
 
-    A row has ``video``, ``(1, f, size, size)``, -1 is paper and 1 is ink, and ``label``, 0 to 9. Everything
-    about a clip follows from its number: digit ``index % digits`` of the split on a path of its own, whose
-    direction is uniform, whose length is uniform in ``travel``, and whose start is uniform where the whole path
-    is on the canvas. The splits have no digit in common, see :class:`Digits`.
+    A row has ``video``, ``(1, f, size, size)``, -1 is paper and 1 is ink, and ``label``, 0 to 9; with ``image: first``
+    also its first frame as ``image``, ``(1, size, size)``. Everything about a clip follows from its number: digit
+    ``index % digits`` of the split on a path of its own, whose direction is uniform, whose length is uniform in
+    ``travel``, and whose start is uniform where the whole path is on the canvas. The splits have no digit in common,
+    see :class:`Digits`.
 
     A digit stands between pixels through the quadratic B-spline,
     :math:`y_j = \sum_i x_i\,\beta^2(j - i - p)`. It reproduces polynomials up to the second degree, so
@@ -38,6 +39,7 @@ class MovingDigits(Dataset):
         travel: Shortest and longest path over the whole clip, in pixels.
         dtype: ``float32`` in [-1, 1], or ``uint8`` in [0, 255].
         seed: Another one gives other paths.
+        image: ``first``: a row has its first frame as ``image`` too, for networks that set a picture in motion.
 
     References:
         The digits: doi:10.24432/C50P49. Moving ones, of another collection: Srivastava et al., arXiv:1502.04681.
@@ -55,6 +57,7 @@ class MovingDigits(Dataset):
         travel: tuple[float, float] = (3.0, 6.0),
         dtype: Literal["float32", "uint8"] = "float32",
         seed: int = 0,
+        image: Literal["first"] | None = None,
     ) -> None:
         room = size - _SIDE - 2 * _REACH
         if num_frames < 1 or paths < 1 or room < 0:
@@ -69,10 +72,13 @@ class MovingDigits(Dataset):
             )
         if dtype not in ("float32", "uint8"):
             raise ValueError(f"MovingDigits: dtype must be 'float32' or 'uint8', got {dtype!r}.")
-        self.digits = Digits(split)
+        if image not in ("first", None):
+            raise ValueError(f"MovingDigits: image is 'first' or nothing, got {image!r}.")
+        self.digits, self.image = Digits(split), image
         self.split, self.num_frames, self.size, self.paths = split, num_frames, size, paths
         self.travel, self.dtype, self.seed = (travel[0], travel[1]), dtype, seed
-        self.ranges = {"video": (-1.0, 1.0) if dtype == "float32" else (0.0, 255.0)}
+        values = (-1.0, 1.0) if dtype == "float32" else (0.0, 255.0)
+        self.ranges = {name: values for name in (["video"] if image is None else ["video", "image"])}
 
     def __len__(self) -> int:
         return len(self.digits) * self.paths
@@ -85,7 +91,9 @@ class MovingDigits(Dataset):
         rows, columns = (_placement(places, self.size) for places in self.path(index).T)
         video = (rows @ ink @ columns.swapaxes(1, 2))[None]
         row = (video * 255).round().astype(np.uint8) if self.dtype == "uint8" else (2 * video - 1).astype(np.float32)
-        return {"video": torch.from_numpy(row), "label": int(self.digits.labels[number])}
+        pixels = torch.from_numpy(row)
+        shown = {} if self.image is None else {"image": pixels[:, 0].clone()}
+        return {"video": pixels, **shown, "label": int(self.digits.labels[number])}
 
     def path(self, index: int) -> np.ndarray:
         """Where the digit's upper left pixel is in each frame, (row, column), ``(f, 2)``."""
