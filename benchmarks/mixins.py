@@ -164,7 +164,8 @@ def compiled(size, way, repeats, backend):
     x = size.input()
     torch._dynamo.reset()
     modules = {name: torch.compile(net, backend=backend, fullgraph=True) for name, net in three(size).items()}
-    return race({name: way(module, x) for name, module in modules.items()}, repeats)
+    # Longer than elsewhere: what runs after another's kernels is slower for a while.
+    return race({name: way(module, x) for name, module in modules.items()}, repeats, spell=0.03)
 
 
 def routing(size, repeats):
@@ -275,7 +276,7 @@ def report(repeats, backend):
         "A linear layer with something attached that does nothing. *A hook* is torch's own forward hook, a function "
         "that returns nothing: what torch takes for calling any hook at all.",
     ]
-    for size in (SMALL, IMAGES):
+    for size in (SMALL, BATCH, IMAGES):
         lines += ["", f"{size}:", "", *table(port(size, repeats), ["plain", "a hook"])]
     lines += ["", "## LoRA at one layer", "", "*By hand* is a wrapper of two products, without any of the options."]
     for size in (SMALL, LARGE):
