@@ -15,22 +15,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
 import full_size
+import instructions
 import torch
 from racing import counted, race, ratio, rows, versions
 from twins import TWINS, drawn
 
 WAYS, SIDES = ("forward", "forward and backward"), ("vdiff", "diffusers")
-PLAIN = {  # of a processor, so that valgrind knows all instructions
-    "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
-    "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0",
-}  # fmt: skip
 
 
 def contenders(twin, diffusers):
@@ -75,41 +69,25 @@ def measured(only, sizes, repeats):
 # Instructions ------------------------------------------------------------------------------------
 
 
-def instructions(only, sizes):
-    """A row of millions of instructions and their ratio for each network and size, counted by valgrind's callgrind."""
-    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", sys.executable, __file__, "--counted"]
-    command += ["--sizes", *sizes, *(["--only", *only] if only else [])]
-    done = subprocess.run(command, env=os.environ | PLAIN, capture_output=True, text=True)
-    totals = {pid: int(count) for pid, count in re.findall(r"==(\d+)== Collected : (\d+)", done.stderr)}
-    counts = {}
-    for line in done.stdout.splitlines():
-        name, size, way, side, calls, pid = line.split("|")
-        counts[name, size, way, side, int(calls)] = totals[pid]
-    if not counts:
-        raise RuntimeError(done.stderr[-2000:])
+def counted_instructions(only, sizes):
+    """A row of millions of instructions and their ratio for each network and size."""
+    options = ["--sizes", *sizes, *(["--only", *only] if only else [])]
+    counts = instructions.count(__file__, "--counted", *options)
     for name, size in dict.fromkeys(key[:2] for key in counts):
         cells = [name, size]
         for way in WAYS:
-            each = [(counts[name, size, way, side, 3] - counts[name, size, way, side, 1]) / 2 for side in SIDES]
-            cells += [f"{each[0] / 1e6:.1f}", f"{each[0] / each[1]:.4f}"]
+            ours, theirs = (counts[name, size, way, side] for side in SIDES)
+            cells += [f"{ours / 1e6:.1f}", f"{ours / theirs:.4f}"]
         yield cells
 
 
 def run_to_be_counted(only, sizes):
-    """One call and three, each in a process of its own that was forked at the same point: their difference is two."""
     diffusers = importlib.import_module("diffusers")
     for name, twins in chosen(only).items():
         for size in sizes:
             for side, call in contenders(twins[size], diffusers).items():
                 for way in WAYS:
-                    as_(way, call)()
-                    for calls in (1, 3):
-                        if not (pid := os.fork()):
-                            for _ in range(calls):
-                                as_(way, call)()
-                            os._exit(0)
-                        os.waitpid(pid, 0)
-                        print(name, size, way, side, calls, pid, sep="|", flush=True)
+                    instructions.run((name, size, way, side), as_(way, call))
 
 
 # Report ------------------------------------------------------------------------------------------
@@ -144,11 +122,11 @@ def report(only, sizes, repeats, with_instructions):
             "## Instructions",
             "",
             "Millions for one call, counted by valgrind's callgrind with the plainest kernels of each library "
-            f"(`{' '.join(f'{name}={value}' for name, value in PLAIN.items())}`).",
+            f"(`{instructions.spelled()}`).",
             "",
             *rows(
                 ["network", "size", "forward", "of diffusers'", "and backward", "of diffusers'"],
-                *instructions(only, sizes),
+                *counted_instructions(only, sizes),
             ),
         ]
     return "\n".join(lines) + "\n"

@@ -4,6 +4,7 @@ Everything in one process, interleaved, one thread. Times are CPU time of the th
 a ratio is taken within each repeat, where both contenders met the same machine, and the median of them is reported.
 
     python benchmarks/mixins.py [--repeats 40] [--backend inductor] [--out docs/benchmarks/mixins.md]
+    python benchmarks/mixins.py --instructions --out ...    # and the instructions of narrow layers, by valgrind
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
+import instructions
 import torch
 import torch.nn.functional as F
-from racing import race, ratio, versions
+from racing import race, ratio, rows, versions
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -128,10 +130,13 @@ def training(module, x):
     return lambda: module(x).sum().backward()
 
 
+WAYS = {"forward, no gradient": forward, "forward and backward": training}
+
 # What is measured --------------------------------------------------------------------------------
 
 
-def port(size, repeats):
+def ported(size):
+    """Calls of a layer with something attached that does nothing."""
     net, x = size.stack(), size.input()
     hooked, off, theirs = copy.deepcopy(net), ours(net), peft(net)
     hooked[0].register_forward_hook(lambda module, args, output: None)
@@ -144,8 +149,12 @@ def port(size, repeats):
         "vdiff, LoRA off": off[0],
         "peft, LoRA off": theirs.base_model.model[0],
     }
+    return {name: lambda layer=layer: layer(x) for name, layer in contenders.items()}
+
+
+def port(size, repeats):
     with torch.no_grad():
-        return race({name: lambda layer=layer: layer(x) for name, layer in contenders.items()}, repeats)
+        return race(ported(size), repeats)
 
 
 def lora(size, way, repeats):
@@ -232,6 +241,40 @@ def peak(kind, num_rows=8):
     return live.peak
 
 
+# Instructions ------------------------------------------------------------------------------------
+
+
+def run_to_be_counted():
+    for size in (SMALL, BATCH):
+        with torch.no_grad():
+            for name, call in ported(size).items():
+                instructions.run(("port", str(size), name), call, 100)
+    x = SMALL.input()
+    for way, made in WAYS.items():
+        for name, net in three(SMALL).items():
+            torch._dynamo.reset()
+            instructions.run((way, str(SMALL), name), made(torch.compile(net, fullgraph=True), x), 100)
+
+
+def counted_instructions():
+    """Tables of thousands of instructions and their ratios."""
+    counts = instructions.count(__file__, "--counted")
+    yield from (
+        "",
+        "## Instructions",
+        "",
+        "Thousands for one call, counted by valgrind's callgrind, which no other work of the machine disturbs. Kernels "
+        f"are the plainest of each library (`{instructions.spelled()}`), so products take more of them than they need "
+        "otherwise, and what surrounds them has a smaller share.",
+    )
+    for what, size in dict.fromkeys(key[:2] for key in counts):
+        found = {name: n for (*key, name), n in counts.items() if key == [what, size]}
+        of = next(iter(found))
+        lines = [[name, f"{n / 1e3:.1f}", f"{n / found[of]:.3f}"] for name, n in found.items()]
+        title = f"The port, {size}" if what == "port" else f"LoRA in {DEPTH} layers, compiled, {size}, {what}"
+        yield from ("", f"{title}:", "", *rows(["", "thousands", f"of {of}"], *lines))
+
+
 # Report ------------------------------------------------------------------------------------------
 
 
@@ -259,9 +302,8 @@ def table(times, of, each=1):
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
-def report(repeats, backend):
+def report(repeats, backend, with_instructions):
     torch.set_num_threads(1)
-    ways = {"forward, no gradient": forward, "forward and backward": training}
     lines = [
         "# What a mixin costs",
         "",
@@ -280,7 +322,7 @@ def report(repeats, backend):
         lines += ["", f"{size}:", "", *table(port(size, repeats), ["plain", "a hook"])]
     lines += ["", "## LoRA at one layer", "", "*By hand* is a wrapper of two products, without any of the options."]
     for size in (SMALL, LARGE):
-        for name, way in ways.items():
+        for name, way in WAYS.items():
             lines += ["", f"{size}, {name}:", "", *table(lora(size, way, repeats), ["peft", "by hand"])]
     lines += [
         "",
@@ -293,7 +335,7 @@ def report(repeats, backend):
         "What a narrow layer pays more is done before the graph runs: checking guards and finding its inputs.",
     ]
     for size in (SMALL, LARGE):
-        for name, way in ways.items():
+        for name, way in WAYS.items():
             lines += ["", f"{size}, {name}:", ""]
             lines += table(compiled(size, way, repeats, backend), ["by hand", "peft"], DEPTH)
     lines += [
@@ -324,6 +366,8 @@ def report(repeats, backend):
     ]
     for name, size in peaks.items():
         lines.append(f"| {NAMES[name]} | {size / 1e6:.2f} | {size / peaks['plain']:.3f} |")
+    if with_instructions:
+        lines += counted_instructions()
     return "\n".join(lines) + "\n"
 
 
@@ -331,10 +375,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--instructions", action="store_true")
+    parser.add_argument("--counted", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    text = report(options.repeats, options.backend)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text, encoding="utf-8")
+    if options.counted:
+        run_to_be_counted()
+    else:
+        text = report(options.repeats, options.backend, options.instructions)
+        print(text)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(text, encoding="utf-8")
