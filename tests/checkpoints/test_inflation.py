@@ -285,7 +285,7 @@ def test_fewer_channels_at_the_entrance_are_an_error():
 def test_without_the_word_the_layers_over_time_are_missed_and_the_error_says_it():
     with pytest.raises(MismatchError, match="305 missing in the file") as error:
         load_into(VideoUNet(**SMALL), image_unet(linear_projection=True).state_dict())
-    assert str(error.value).endswith("Then inflate=True keeps what is new as it was built.")
+    assert str(error.value).endswith("Then `inflate` keeps what is new as it was built.")
 
 
 def test_a_picture_for_videocrafter_and_several_cameras_are_beyond_images():

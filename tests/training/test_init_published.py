@@ -121,7 +121,7 @@ def test_ignored_names_are_below_into_in_a_file_of_either_kind(engine, file, tmp
             "denoiser.network.out.2.weight",
             "denoiser.network.out.2.bias",
         }
-        with pytest.raises(ValueError, match=r"ignore='denoiser\.network\.out\.2\.\*' meets no name"):
+        with pytest.raises(ValueError, match=r"ignore 'denoiser\.network\.out\.2\.\*' meets no name"):
             initialize(engine, [InitEntry(source, "denoiser.network", ignore=["denoiser.network.out.2.*"])])
         with pytest.raises(ValueError, match=r"leave_out.?'safety\.' meets no name"):
             initialize(engine, [InitEntry(source, "denoiser.network", leave_out=["safety."])])

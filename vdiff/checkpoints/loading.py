@@ -189,7 +189,7 @@ def check_met(ignore: Sequence[str], names: Iterable[str], where: str) -> None:
     for glob in ignore:
         if not any(fnmatchcase(name, glob) for name in names):
             raise MismatchError(
-                f"{where}: ignore={glob!r} meets no name; nothing was changed. Names begin: {summary(names)}."
+                f"{where}: ignore {glob!r} meets no name; nothing was changed. Names begin: {summary(names)}."
             )
 
 
@@ -276,7 +276,7 @@ def _hint(
                     break
     if votes:
         best, count = votes.most_common(1)[0]
-        return f"{count} names would fit with prefix={{{best!r}: ''}}."
+        return f'{count} names would fit without {best!r}: prefix {{"{best}": ""}} takes it off.'
     if not inflate and new_names(module, missing, ()):
-        return "Weights of an image network for one of videos? Then inflate=True keeps what is new as it was built."
-    return "Name what may differ with ignore=[...] (globs), or pass strict=False to load what is on both sides."
+        return "Weights of an image network for one of videos? Then `inflate` keeps what is new as it was built."
+    return "Name what may differ with `ignore` (globs), or turn `strict` off to load what is on both sides."

@@ -159,7 +159,7 @@ def _fit(
     for start in leave_out:
         if not any(name.startswith(start) for name in source.header):
             names = summary(source.header)
-            raise MismatchError(f"{where}: leave_out={start!r} meets no name in the file. They begin: {names}.")
+            raise MismatchError(f"{where}: leave_out {start!r} meets no name in the file. They begin: {names}.")
     given = Given(given)
     put_aside = [name for name in source.header if leave_out and name.startswith(tuple(leave_out))]
     there = recognise({n: v for n, v in source.header.items() if n not in set(put_aside)}, str(source.path))
@@ -198,8 +198,8 @@ def _fit(
         "of another shape or type": misfits,
     }
     if any(odd.values()):
-        hint = "Of the module, ignore=[...] (globs) leaves names alone; of the file, leave_out=[...] (how they begin) "
-        hint += "leaves them out; into=... fills a part alone."
+        hint = "Of the module, `ignore` (globs) leaves names alone; of the file, `leave_out` (how they begin) leaves "
+        hint += "them out; `into` fills a part alone."
         if there.layout == "vdiff" and any(name in source.header for name in odd["missing in the file"]):
             hint = "The file has some by these very names; load_into(...) takes a file by our names."
         raise MismatchError(difference(where, odd, hint))
