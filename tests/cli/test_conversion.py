@@ -1,5 +1,6 @@
 """``vdiff convert`` and ``vdiff inspect`` on whole checkpoints, and on an adapter in a run."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -184,7 +185,13 @@ def test_a_published_file_is_held_against_a_config(tmp_path, monkeypatch, capsys
     assert run("inspect", "half.safetensors", "--against", "small.yaml") == 1
     assert "missing in the file" in capsys.readouterr().out
     assert run("inspect", "half.safetensors", "--against", "small.yaml", "--slot", "denoiser.network") == 0
+    assert run("convert", "sd.safetensors", "sd", "--to", "diffusers") == 0
     capsys.readouterr()
+    for heads, code in ((2, 0), (4, 1)):  # which a folder says and weights do not
+        said = {"_class_name": "UNet2DConditionModel", "attention_head_dim": heads}
+        Path("sd/unet/config.json").write_text(json.dumps(said))
+        assert run("inspect", "sd", "--against", "small.yaml") == code
+        assert ("with 2 heads, and 4 by unet/config.json" in capsys.readouterr().out) == bool(code)
     torn = weights("open_clip_text", "diffusers")
     torn.pop([name for name in torn if name.endswith("q_proj.weight")][-1])
     save_weights("torn.safetensors", torn)

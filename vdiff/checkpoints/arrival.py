@@ -43,6 +43,7 @@ class PublishedReport:
         ignored: Names in the module that were to be left alone.
         outside: Names in the file that belong elsewhere or were to be left out.
         empty: Names in the module that are left on the meta device, such as buffers that no file holds.
+        otherwise: What a folder says of itself that the module is not, see :mod:`vdiff.checkpoints.stated`.
     """
 
     where: str
@@ -52,6 +53,7 @@ class PublishedReport:
     ignored: tuple[str, ...]
     outside: tuple[str, ...]
     empty: tuple[str, ...] = ()
+    otherwise: tuple[str, ...] = ()
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -70,4 +72,5 @@ class PublishedReport:
         rest += [(self.outside, "left out, meant for elsewhere"), (self.ignored, "left alone, as asked")]
         rest += [(self.idle, "not in the file and kept as they are, since nothing reads them"), (self.empty, EMPTY)]
         lines += [f"{len(names)} tensors {text} ({summary(names)})" for names, text in rest if names]
+        lines += [f"otherwise: {line}" for line in self.otherwise]
         return "\n  ".join(lines)

@@ -6,10 +6,14 @@ File and engine are recognised alike, and their parts go together by what they a
 the first text tower, the second. Every key of the file must arrive somewhere, and every weight of the engine come from
 somewhere, but for weights that nothing reads: a module says which these are by a method ``idle_weights()``, globs over
 the names below it.
+
+What a folder of diffusers' says of itself besides is compared, see :mod:`vdiff.checkpoints.stated`: another number of
+heads does not fit, and another language, noise or scale is warned of.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -34,9 +38,14 @@ from vdiff.checkpoints.matching import matched
 from vdiff.checkpoints.parts import Given
 from vdiff.checkpoints.recognition import ONLY_THERE, Part, UnknownFamilyError, recognise
 from vdiff.checkpoints.sources import WeightSource, open_weights
+from vdiff.checkpoints.stated import SCHEDULER, other_heads, other_noise, other_scale, read_config
 from vdiff.checkpoints.translation import Translation
 from vdiff.hooks import is_port_key
 from vdiff.registry import did_you_mean
+
+BY_CONFIG = (
+    "Build the network with other num_heads or head_dim; a weight file opened by its own name says nothing of heads."
+)
 
 
 def load_published(
@@ -68,8 +77,12 @@ def load_published(
         KeyMapError, MismatchError: they do not fit; a readable difference. Nothing was changed then.
         ValueError: no such module, or something ignored, left out or given that meets nothing. Nor then.
         OSError: reading failed. Of the second time it says that the module is half filled.
+
+    Warns:
+        UserWarning: once, of all that a folder says of itself and the module is not, but for what is refused.
     """
     pairs, report = _fit(module, source, into, weights, ignore, leave_out, given)
+    _warn(report)
     for pair in pairs:
         for _ in pair.tensors():  # which looks at each
             pass
@@ -89,7 +102,20 @@ def check_published(
     module: nn.Module, source: str | Path | WeightSource, into: str = "", *, ignore: Sequence[str] = ()
 ) -> PublishedReport:
     """What :func:`load_published` would say, by names and shapes alone; no weight is read."""
-    return _fit(module, source, into, ignore=ignore)[1]
+    _, report = _fit(module, source, into, ignore=ignore)
+    _warn(report)
+    return report
+
+
+def _warn(report: PublishedReport) -> None:
+    """Before anything is changed, for a warning may be made an error."""
+    if report.otherwise:
+        lines = "\n  ".join(report.otherwise)
+        warnings.warn(
+            f"{report.where}: the weights fit, but their folder says of itself what this is not. Where that is not "
+            f"meant, change the config, or samples will be wrong.\n  {lines}",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)
@@ -197,12 +223,15 @@ def _fit(
         "in the file and without a place": sorted(unused - elsewhere),
         "of another shape or type": misfits,
     }
-    if any(odd.values()):
+    heads, otherwise = _stated(module, source.path, pairs, not into)
+    if any((odd | heads).values()):
         hint = "Of the module, `ignore` (globs) leaves names alone; of the file, `leave_out` (how they begin) leaves "
         hint += "them out; `into` fills a part alone."
         if there.layout == "vdiff" and any(name in source.header for name in odd["missing in the file"]):
             hint = "The file has some by these very names; load_into(...) takes a file by our names."
-        raise MismatchError(difference(where, odd, hint))
+        if heads:
+            hint = f"{BY_CONFIG}\n  {hint}" if any(odd.values()) else BY_CONFIG
+        raise MismatchError(difference(where, odd | heads, hint))
     left_out = tuple(name for pair in pairs for name in pair.translation.left_out)
     return pairs, PublishedReport(
         where,
@@ -211,7 +240,27 @@ def _fit(
         tuple(name for name in absent if _any(name, idle)),
         tuple(sorted(ignored)),
         (*put_aside, *sorted(elsewhere)),
+        otherwise=otherwise,
     )
+
+
+def _stated(
+    module: nn.Module, folder: Path, pairs: Sequence[_Pair], is_whole: bool
+) -> tuple[dict[str, list[str]], tuple[str, ...]]:
+    """What a folder of diffusers' says that the module is not: heads, and what is warned of."""
+    heads: dict[str, list[str]] = {}
+    otherwise: list[str] = []
+    for pair in pairs if folder.is_dir() else ():
+        came, slot, name = pair.translation.part, pair.part.slot, pair.part.prefix.rstrip(".")
+        if came.layout != "diffusers" or slot not in ("network", "first_stage", "control"):
+            continue
+        part = module.get_submodule(name)
+        if config := read_config(folder, f"{came.prefix}config.json"):
+            heads |= other_heads(config, part, pair.translation.origin, pair.part.prefix, pair.own)
+            otherwise += other_scale(config, part, name or type(module).__name__) if slot == "first_stage" else ()
+        if slot == "network" and is_whole and (config := read_config(folder, SCHEDULER)):
+            otherwise += other_noise(config, module)
+    return heads, tuple(otherwise)
 
 
 def _check_into(module: nn.Module, into: str, own: Mapping[str, Tensor], where: str) -> None:

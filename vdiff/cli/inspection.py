@@ -89,7 +89,7 @@ def _compare(tensors: dict[str, Tensor], arguments: argparse.Namespace) -> int:
     header = {name: value.to("meta") for name, value in tensors.items()}
     try:
         if is_by_others(header):
-            print(check_published(engine, WeightSource(Path(where), {}, header), arguments.slot))
+            print(check_published(engine, WeightSource(Path(arguments.path), {}, header), arguments.slot))
         else:
             print(load_into(engine.get_submodule(arguments.slot), header, where=where))
     except (MismatchError, KeyMapError, UnknownFamilyError) as error:
