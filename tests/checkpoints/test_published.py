@@ -328,8 +328,8 @@ def test_where_it_goes_is_a_part_and_what_is_asked_for_is_there(original, tmp_pa
         ("denoiser.netwrok", {}, r"no 'denoiser\.netwrok'\. Did you mean 'denoiser\.network'"),
         ("denoiser.network.input_blocks", {}, r"below a part.* There are: denoiser\.network, first_stage, "),
         ("", {"weights": "eam"}, "'ema' or 'raw', got 'eam'"),
-        ("first_stage", {"ignore": ["first_stage.*"]}, r"ignore='first_stage\.\*' meets no name"),
-        ("", {"leave_out": ["safety."]}, r"leave_out='safety\.' meets no name"),
+        ("first_stage", {"ignore": ["first_stage.*"]}, r"ignore 'first_stage\.\*' meets no name"),
+        ("", {"leave_out": ["safety."]}, r"leave_out 'safety\.' meets no name"),
         ("", {"given": {"heads": 8}}, "given heads, which nothing here asks for"),
     ):
         with pytest.raises(ValueError, match=message):
