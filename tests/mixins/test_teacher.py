@@ -219,6 +219,8 @@ def test_a_student_is_told_scales_that_its_rows_draw():
         made(batch).null["guidance"], torch.full((64,), 4.0)
     )
     assert made.train()({**batch, "guidance_scale": torch.full((64,), 3.0)})["guidance"].unique() == 3
+    with pytest.warns(UserWarning, match="guidance_scale goes from 3 to 7.5, and training draws it between 2 and 6"):
+        made.eval()({"guidance_scale": [3.0, 7.5]})
     with pytest.raises(ValueError, match="low is at most high, got 6 and 2"):
         GuidanceScaleEmbedder(6.0, 2.0)
 

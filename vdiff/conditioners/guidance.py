@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vdiff.conditioners.embedders import FieldEmbedder
@@ -21,7 +23,8 @@ class GuidanceScaleEmbedder(FieldEmbedder, name="guidance_scale"):
     Args:
         low, high: Between which training draws. 1 is the conditional prediction alone, as in diffusers'
             ``guidance_scale``; the paper counts from 0, and its range 2 to 14 is 3 to 15 here.
-        default: When sampling, of every row where the batch has no such field.
+        default: When sampling, of every row where the batch has no such field. A scale beyond ``low`` and ``high`` is
+            taken with a warning.
         reads, feeds: See :class:`Embedder`.
 
     References:
@@ -45,4 +48,14 @@ class GuidanceScaleEmbedder(FieldEmbedder, name="guidance_scale"):
         if is_training and self.reads not in batch:
             drawn = RowKeys.of(batch).uniform(f"guidance/{self.reads}")
             return (self.low + (self.high - self.low) * drawn).float()
-        return super().read(batch, is_training)
+        value = super().read(batch, is_training)
+        scales = torch.as_tensor(value, dtype=torch.float32)
+        is_outside = scales.device.type == "cpu" and bool(((scales < self.low) | (scales > self.high)).any())
+        if is_outside:  # on a device nobody looks: that would wait for it
+            least, most = scales.min().item(), scales.max().item()
+            warnings.warn(
+                f"GuidanceScaleEmbedder: {self.reads} goes from {least:g} to {most:g}, and training draws it between "
+                f"{self.low:g} and {self.high:g}: what the network says beyond is a guess.",
+                stacklevel=2,
+            )
+        return value
