@@ -17,10 +17,12 @@ from vdiff.conditioners import (
     EmbedderConditioner,
     FieldEmbedder,
     ImageLatentsEmbedder,
+    OpenCLIPImageEmbedder,
     ScalarFourierEmbedder,
 )
 from vdiff.data import Digits, Framing, MovingDigits, read_picture
 from vdiff.engine import DiffusionEngine
+from vdiff.first_stages import AutoencoderKL, IdentityFirstStage
 
 ROOT = Path(__file__).parents[2]
 ASKED = {"field": None, "label": None, "prompt": None, "prompts": None, "image": None}
@@ -97,12 +99,12 @@ def test_what_is_missing_is_said(run, options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def engine(*embedders, sample_shape=(1, 4, 6), pixel_range=(-1, 1)):
+def engine(*embedders, sample_shape=(1, 4, 6), pixel_range=(-1, 1), first_stage=None):
     return SimpleNamespace(
         conditioner=EmbedderConditioner(embedders),
         guider=None,
         sample_shape=sample_shape,
-        first_stage=SimpleNamespace(pixel_range=pixel_range),
+        first_stage=first_stage or IdentityFirstStage(pixel_range=pixel_range),
     )
 
 
@@ -163,6 +165,33 @@ def test_a_picture_is_the_centre_of_a_file_in_the_shape_and_the_values_of_sample
         asked(ClassLabelEmbedder(10, 4), image=files)
     with pytest.raises(ValueError, match="--image: pictures are cut as samples are, and engine.sample_shape is None"):
         asked_fields(engine(ImageLatentsEmbedder(), sample_shape=None), SimpleNamespace(**ASKED | {"image": files}))
+
+
+def test_of_several_pictures_each_is_said_by_its_name(tmp_path):
+    two = ImageLatentsEmbedder(reads="first"), ImageLatentsEmbedder(reads="last")
+    with pytest.raises(ValueError, match="told first, last; say --field first=FILE and --field last=FILE"):
+        asked(*two)
+    Image.fromarray(np.zeros((4, 6), np.uint8)).save(tmp_path / "black.png")
+    told = asked(*two, field=[(name, str(tmp_path / "black.png")) for name in ("first", "last")])
+    assert all(torch.equal(told[name][0], -torch.ones(1, 4, 6)) for name in ("first", "last"))
+
+
+def test_what_is_no_picture_in_the_shape_of_samples_is_said_in_python():
+    """The mask of Stable Diffusion's inpainting lies on latents, SV4D is shown a video and all views of a moment."""
+    mask, around = FieldEmbedder("mask", "concat", null="same"), ImageLatentsEmbedder(reads="masked_image")
+    latent = AutoencoderKL(channels=8, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4)
+    painting = engine(mask, around, sample_shape=(3, 8, 8), first_stage=latent)
+    with pytest.raises(ValueError, match=r"told mask, masked_image, and no word can say mask\. Sample from Python"):
+        asked_fields(painting, SimpleNamespace(**ASKED))
+    tower = OpenCLIPImageEmbedder(
+        {"embed_dim": 8, "width": 16, "head_width": 8, "layers": 1, "patch_size": 8, "image_size": 8},
+        reads="cond_motion",
+    )
+    motion = ImageLatentsEmbedder(reads="cond_motion", frames=4, fill="each")
+    with pytest.raises(ValueError, match="no word can say cond_motion, cond_view"):
+        asked(motion, tower, ImageLatentsEmbedder(reads="cond_view", feeds="views"))
+    with pytest.raises(ValueError, match="--image: this engine is not conditioned on pictures"):
+        asked(motion, tower, image=["some.png"])
 
 
 def test_a_video_begins_with_the_picture_that_the_command_line_names(tmp_path):

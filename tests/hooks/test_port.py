@@ -188,10 +188,13 @@ def test_inserting_is_all_or_nothing():
     assert residue(good) == before
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "forward", "values"])
+@pytest.mark.parametrize("name", ["", "a.b", "forward", "values", "acting", "term", "training", "witness"])
 def test_a_name_that_a_port_cannot_hold_is_refused(name):
+    layer = nn.Linear(3, 3)
+    before = residue(layer)
     with pytest.raises(ValueError, match="cannot be called"):
-        insert([("", nn.Linear(3, 3), named(name, Plus()))], "test")
+        insert([("", layer, named(name, Plus()))], "test")
+    assert residue(layer) == before
 
 
 def test_a_host_with_an_attribute_of_that_name_is_refused():

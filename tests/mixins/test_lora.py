@@ -6,6 +6,7 @@ from peers import peer
 from torch import nn
 
 from vdiff.mixins import LoRA
+from vdiff.mixins.lora import LoRAPart
 
 LAYERS = {
     "linear": lambda: (nn.Linear(6, 4), (3, 5, 6)),
@@ -89,6 +90,18 @@ def test_dropout_acts_on_the_difference_in_training_only():
     assert not torch.equal(net(x), net(x))
     net.eval()
     assert torch.equal(net(x), net(x))
+
+
+def test_a_part_of_ones_own_has_its_own_say_on_inputs():
+    class Halved(LoRAPart):
+        def dropped(self, x):
+            return x / 2
+
+    layer, x = nn.Linear(4, 4), torch.randn(3, 4)
+    usual, halved = (kind(layer, 2, 1.0) for kind in (LoRAPart, Halved))
+    nn.init.normal_(usual.B)
+    halved.load_state_dict(usual.state_dict())
+    assert torch.allclose(halved.change(layer, x), usual.change(layer, x) / 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

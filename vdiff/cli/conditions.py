@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdiff.conditioners import ClassLabelEmbedder, Embedder, EmbedderConditioner, TextEmbedder
+from vdiff.conditioners import ClassLabelEmbedder, Embedder, EmbedderConditioner, FieldEmbedder, TextEmbedder
 from vdiff.data import Dataset, Framing, Row, read_picture
 from vdiff.engine import DiffusionEngine
 from vdiff.samplers import NoneGuider
 
-_READS: dict[str, Callable[[Embedder], bool]] = {
-    "classes": lambda embedder: isinstance(embedder, ClassLabelEmbedder),
-    "text": lambda embedder: isinstance(embedder, TextEmbedder),
-    "pictures": lambda embedder: embedder.is_picture,
+_READS: dict[str, Callable[[DiffusionEngine, Embedder], bool]] = {
+    "classes": lambda _, embedder: isinstance(embedder, ClassLabelEmbedder),
+    "text": lambda _, embedder: isinstance(embedder, TextEmbedder),
+    "pictures": lambda engine, embedder: _is_picture(engine, embedder.reads),
 }
 Fields = dict[str, Any]
 """By batch field a list, or a tensor, of values: one per sample, or some to be gone through in turn."""
@@ -45,7 +45,7 @@ def asked_fields(engine: DiffusionEngine, arguments: argparse.Namespace) -> Fiel
             raise ValueError(f"{option}: this engine is told {', '.join(readers) or 'nothing'}, and no {field!r}.")
         try:
             embedder = readers[field]
-            value = _picture(engine, Path(word)) if embedder.is_picture else embedder.parse(word)
+            value = _picture(engine, Path(word)) if _is_picture(engine, field) else embedder.parse(word)
             fields.setdefault(field, []).append(value)
         except ValueError as error:
             raise ValueError(f"{option}: {error}") from error
@@ -54,13 +54,13 @@ def asked_fields(engine: DiffusionEngine, arguments: argparse.Namespace) -> Fiel
         if field not in fields and usual is not None:
             fields[field] = list(usual)
     if missing := [field for field in readers if field not in fields]:
-        if unsaid := [field for field in missing if not _can_say(readers[field])]:
+        if unsaid := [field for field in missing if not _can_say(engine, readers[field])]:
             given = ", ".join(f"{field!r}: ..." for field in missing)
             raise ValueError(
                 f"this engine is also told {', '.join(missing)}, and no word can say {', '.join(unsaid)}. Sample from "
                 f"Python: DiffusionEngine.load(RUN).sample({{{given}}})."
             )
-        ways = " and ".join(_way(readers[field]) for field in missing)
+        ways = " and ".join(_way(engine, readers[field]) for field in missing)
         raise ValueError(f"this engine is also told {', '.join(missing)}; say {ways}.")
     return {field: fields[field] for field in readers}
 
@@ -81,7 +81,7 @@ def _embedders(engine: DiffusionEngine) -> list[Embedder]:
 
 def _the(engine: DiffusionEngine, noun: str, option: str) -> str:
     """The one field that an option means."""
-    fields = list(dict.fromkeys(e.reads for e in _embedders(engine) if _READS[noun](e)))
+    fields = list(dict.fromkeys(e.reads for e in _embedders(engine) if _READS[noun](engine, e)))
     if not fields:
         raise ValueError(f"{option}: this engine is not conditioned on {noun}.")
     if len(fields) > 1:
@@ -89,14 +89,29 @@ def _the(engine: DiffusionEngine, noun: str, option: str) -> str:
     return fields[0]
 
 
-def _can_say(embedder: Embedder) -> bool:
-    return embedder.is_picture or type(embedder).parse is not Embedder.parse
+def _is_picture(engine: DiffusionEngine, field: str) -> bool:
+    """Whether all that reads a field takes a picture in the shape of samples."""
+    shape = engine.sample_shape
+    is_of_pixels = shape is None or tuple(engine.first_stage.latent_shape(shape))[-2:] == tuple(shape)[-2:]
+    # What is handed on as it is lies on latents, as the mask of Stable Diffusion's inpainting does.
+    return all(
+        embedder.is_picture and (is_of_pixels or not isinstance(embedder, FieldEmbedder))
+        for embedder in _embedders(engine)
+        if embedder.reads == field
+    )
 
 
-def _way(embedder: Embedder) -> str:
-    """How a field is said on the command line."""
+def _can_say(engine: DiffusionEngine, embedder: Embedder) -> bool:
     if embedder.is_picture:
-        return "--image FILE"
+        return _is_picture(engine, embedder.reads)
+    return type(embedder).parse is not Embedder.parse
+
+
+def _way(engine: DiffusionEngine, embedder: Embedder) -> str:
+    """How a field is said on the command line."""
+    if _is_picture(engine, embedder.reads):
+        is_only = all(e.reads == embedder.reads for e in _embedders(engine) if _READS["pictures"](engine, e))
+        return "--image FILE" if is_only else f"--field {embedder.reads}=FILE"
     return "--prompt TEXT" if isinstance(embedder, TextEmbedder) else f"--field {embedder.reads}=..."
 
 

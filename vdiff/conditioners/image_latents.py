@@ -70,8 +70,6 @@ class ImageLatentsEmbedder(Embedder, name="image_latents"):
         arXiv:2106.15282.
     """
 
-    is_picture = True
-
     def __init__(
         self,
         first_stage: FirstStage | None = None,
@@ -95,6 +93,7 @@ class ImageLatentsEmbedder(Embedder, name="image_latents"):
         super().__init__(reads, feeds, drop, null)
         if sigma < 0 or log_std < 0 or (frames is not None and frames < 1):
             raise ValueError("ImageLatentsEmbedder: sigma and log_std are at least 0, frames at least 1.")
+        self.is_picture = fill != "each" and feeds != "views"  # which are videos of moments and of views
         self.first_stage = None if first_stage is None else first_stage.requires_grad_(False).eval()
         self._shared: tuple[FirstStage, ...] = ()  # not a child: it is the engine's
         self.scale = scale

@@ -12,6 +12,8 @@ from torch import nn
 from vdiff.hooks.port import PORT, Part, Port, ask_after, ask_before, ports
 from vdiff.hooks.stand_in import stand_down
 
+TAKEN = frozenset(dir(Port()))  # also what it holds, which its class does not show
+
 
 def insert(sites: Iterable[tuple[str, nn.Module, Part]], who: str) -> None:
     """Put parts at modules, all of them or, if one cannot be, none.
@@ -85,7 +87,7 @@ def _check(site: str, host: nn.Module, part: Part, who: str) -> None:
         raise ValueError(f"{where} is a container that is never called; attach to what is inside it.")
     if any(type(p).__name__ == "DTensor" for p in host.parameters(recurse=False)):
         raise ValueError(f"{where} is sharded already. Attach first, then wrap for several devices.")
-    if not part.mixin_name or "." in part.mixin_name or hasattr(Port, part.mixin_name):
+    if not part.mixin_name or "." in part.mixin_name or part.mixin_name in TAKEN:
         raise ValueError(f"{who}: a mixin cannot be called {part.mixin_name!r}; use a plain word without dots.")
     port = cast(Port | None, host._modules.get(PORT))
     if port is None:

@@ -115,7 +115,8 @@ class LoRAPart(WeightPart):
                     f"{self.rank}."
                 )
             self.A0, self.B0 = torch.empty_like(self.A.data), torch.empty_like(self.B.data)
-        self.is_plain = self.layer.kind == "linear" and self.parts == 1 and not dropout and self.A0 is None
+        is_ours = all(getattr(type(self), name) is getattr(LoRAPart, name) for name in ("dropped", "_through"))
+        self.is_plain = is_ours and self.layer.kind == "linear" and self.parts == 1 and not dropout and self.A0 is None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
