@@ -136,16 +136,16 @@ def _lines(file: Path) -> list[str]:
 
 
 def cycled(fields: Fields, num: int) -> Fields:
-    return {name: _together([rows[i % len(rows)] for i in range(num)]) for name, rows in fields.items()}
+    return {name: [rows[i % len(rows)] for i in range(num)] for name, rows in fields.items()}
 
 
 def numbers(engine: DiffusionEngine, fields: Fields) -> dict[str, Tensor]:
-    """Those of the fields that a tensor file can keep; the class of each sample as ``labels``."""
+    """Those of the fields that are numbers; the class of each sample as ``labels``."""
     names = {e.reads: "labels" if isinstance(e, ClassLabelEmbedder) else e.reads for e in _embedders(engine)}
     return {
         names[field]: torch.as_tensor(values)
         for field, values in fields.items()
-        if not any(isinstance(value, str) for value in values)
+        if not any(isinstance(value, str | Tensor) for value in values)
     }
 
 
@@ -170,8 +170,9 @@ def _column(rows: Sequence[Row], field: str, default: Any) -> Any:
         return [default] * len(rows)
     if field not in rows[0]:
         raise ValueError(f"the engine is told {field!r}, which the data have not. They have: {', '.join(rows[0])}.")
-    return _together([row[field] for row in rows])
+    return together([row[field] for row in rows])
 
 
-def _together(values: list[Any]) -> Any:
-    return torch.stack(values) if isinstance(values[0], Tensor) else values
+def together(values: Any) -> Any:
+    """Values of rows, as one tensor where each is one."""
+    return torch.stack(values) if isinstance(values, list) and isinstance(values[0], Tensor) else values

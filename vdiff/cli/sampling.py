@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vdiff.cli.conditions import Fields, asked_fields, cycled, fields_of, negative_fields, numbers
+from vdiff.cli.conditions import Fields, asked_fields, cycled, fields_of, negative_fields, numbers, together
 from vdiff.cli.reconstruction import evaluate_autoencoder
 from vdiff.data import Dataset
 from vdiff.engine import AutoencoderEngine, DiffusionEngine, Engine
@@ -161,7 +161,7 @@ def draw(
         task = bar.add_task("sampling", total=num)
         for start in range(0, num, arguments.batch_size):
             rows = min(arguments.batch_size, num - start)
-            cond = {name: values[start : start + rows] for name, values in fields.items()} or None
+            cond = {name: together(values[start : start + rows]) for name, values in fields.items()} or None
             against = cond and negative and {**cond, **{name: values * rows for name, values in negative.items()}}
             images.append(engine.sample(cond, negative=against, num=rows, seeds=arguments.seed + start).cpu())
             bar.advance(task, rows)
