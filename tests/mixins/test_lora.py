@@ -6,7 +6,7 @@ from peers import peer
 from torch import nn
 
 from vdiff.mixins import LoRA
-from vdiff.mixins.lora import LoRAPart
+from vdiff.mixins.lora import LinearLoRAPart, LoRAPart
 
 LAYERS = {
     "linear": lambda: (nn.Linear(6, 4), (3, 5, 6)),
@@ -92,16 +92,15 @@ def test_dropout_acts_on_the_difference_in_training_only():
     assert torch.equal(net(x), net(x))
 
 
-def test_a_part_of_ones_own_has_its_own_say_on_inputs():
-    class Halved(LoRAPart):
-        def dropped(self, x):
-            return x / 2
-
-    layer, x = nn.Linear(4, 4), torch.randn(3, 4)
-    usual, halved = (kind(layer, 2, 1.0) for kind in (LoRAPart, Halved))
-    nn.init.normal_(usual.B)
-    halved.load_state_dict(usual.state_dict())
-    assert torch.allclose(halved.change(layer, x), usual.change(layer, x) / 2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_short_way_of_a_linear_layer_is_the_long_one(dtype):
+    net, x = nn.Sequential(nn.Linear(6, 6)).to(dtype), torch.randn(4, 6, dtype=dtype)
+    LoRA(2, on="0").attach(net)
+    (part,) = net[0]._port.values()
+    nn.init.normal_(part.B)
+    assert type(part) is LinearLoRAPart and torch.equal(part.change(net[0], x), LoRAPart.change(part, net[0], x))
+    part.dropout = 0.5  # set later, it counts as well
+    assert not torch.equal(net(x), net(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

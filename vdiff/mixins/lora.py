@@ -76,7 +76,9 @@ class LoRA(WeightMixin, name="lora"):
         rank, alpha = self.numbers(site)
         parts = int(at(site, self.parts, "parts", "LoRA"))
         unit = alpha / (math.sqrt(rank) if self.rslora else rank)
-        return LoRAPart(module, rank, unit, self.dropout, parts, self.init, where=f"LoRA: {site!r}")
+        is_plain = isinstance(module, nn.Linear) and parts == 1 and self.init in ("kaiming", "gaussian")
+        kind = LinearLoRAPart if is_plain else LoRAPart
+        return kind(module, rank, unit, self.dropout, parts, self.init, where=f"LoRA: {site!r}")
 
 
 class LoRAPart(WeightPart):
@@ -115,8 +117,6 @@ class LoRAPart(WeightPart):
                     f"{self.rank}."
                 )
             self.A0, self.B0 = torch.empty_like(self.A.data), torch.empty_like(self.B.data)
-        is_ours = all(getattr(type(self), name) is getattr(LoRAPart, name) for name in ("dropped", "_through"))
-        self.is_plain = is_ours and self.layer.kind == "linear" and self.parts == 1 and not dropout and self.A0 is None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -150,11 +150,6 @@ class LoRAPart(WeightPart):
         return F.dropout(x, self.dropout, self.training) if self.dropout and x.is_floating_point() else x
 
     def change(self, module: nn.Module, x: Tensor) -> Tensor:
-        if self.is_plain:  # most are; compiled code looks at every other question anew in each call
-            down, up = self.A, self.B
-            if down.dtype != x.dtype:
-                down, up = down.to(x.dtype), up.to(x.dtype)
-            return F.linear(F.linear(x, down), up)
         x = self.dropped(x)
         change = self._through(module, x, self.A, self.B)
         if self.A0 is not None and self.B0 is not None:  # by the same steps, so that equal pairs cancel exactly
@@ -195,6 +190,19 @@ class LoRAPart(WeightPart):
     def extra_repr(self) -> str:
         parts = f", {self.parts} parts" if self.parts > 1 else ""
         return f"rank {self.rank}, scaled by {self.unit:g}{parts}"
+
+
+class LinearLoRAPart(LoRAPart):
+    """What most are: one pair beside a linear layer. Compiled code looks at every question anew in each call, and here
+    are few."""
+
+    def change(self, module: nn.Module, x: Tensor) -> Tensor:
+        if self.dropout:
+            return super().change(module, x)
+        down, up = self.A, self.B
+        if down.dtype != x.dtype:
+            down, up = down.to(x.dtype), up.to(x.dtype)
+        return F.linear(F.linear(x, down), up)
 
 
 def check_dropout(dropout: float, who: str) -> None:
