@@ -171,14 +171,14 @@ def three(size):
 
 
 def compiled(size, way, repeats, backend):
-    """Times of networks that are built and compiled anew in every order: where one comes to lie makes some hundredths."""
+    """Times of networks that are built anew in every order: where one comes to lie makes some hundredths."""
     x, times = size.input(), {}
     for order in [*permutations(("by hand", "vdiff", "peft"))] * (BUILDS // 6):
         torch._dynamo.reset()
         nets = three(size)
         calls = {name: way(torch.compile(nets[name], backend=backend, fullgraph=True), x) for name in order}
         # Longer spells than elsewhere: what runs after another's kernels is slower for a while.
-        for name, found in race(calls, max(1, repeats // BUILDS), spell=0.03).items():
+        for name, found in race(calls, max(1, repeats // 6), spell=0.03).items():
             times.setdefault(name, []).extend(found)
     return {name: times[name] for name in ("by hand", "vdiff", "peft")}
 
@@ -336,7 +336,7 @@ def report(repeats, backend, with_instructions):
         "",
         f"`torch.compile(fullgraph=True, backend={backend!r})`, {DEPTH} layers, times of one. Of vdiff's the scale can "
         "be changed without compiling again; by hand and in peft it is a constant. "
-        f"Each is built and compiled {BUILDS} times, in every order, since where one comes to lie makes some hundredths.",
+        f"Each is built and compiled {BUILDS} times, in every order: where one comes to lie makes some hundredths.",
         "",
         f"Operations in the graph: {', '.join(f'{n} {nodes(m, SMALL.input())}' for n, m in three(SMALL).items())}. "
         "What a narrow layer pays more is done before the graph runs: checking guards and finding its inputs.",
