@@ -60,7 +60,7 @@ def save(tmp_path):
     """Writes a small random pipeline of diffusers', with its configs."""
     diffusers = peer("diffusers")
 
-    def save(heads=2, scheduler="PNDM", scale=0.18215, **options):
+    def save(heads=2, scheduler="PNDM", scale=0.18215, latents_mean=None, **options):
         torch.manual_seed(1)
         network = diffusers.UNet2DConditionModel(
             block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=12, attention_head_dim=heads,
@@ -70,6 +70,7 @@ def save(tmp_path):
         stage = diffusers.AutoencoderKL(
             block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4, scaling_factor=scale,
             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            latents_mean=latents_mean,
         )  # fmt: skip
         network.save_pretrained(tmp_path / "unet")
         stage.save_pretrained(tmp_path / "vae")
@@ -189,6 +190,7 @@ def test_heads_of_a_controlnet(tmp_path):
         ({"beta_schedule": "linear"}, {}, r"beta_schedule linear, beta_start 0\.00085, beta_end 0\.012"),
         ({"num_train_timesteps": 500}, {}, r"noise levels are 500, and those of the schedule.* are 1000"),
         ({"scale": 0.13025}, {}, r"vae/config\.json: scaling_factor is 0\.13025, and the scale of first_stage is 0"),
+        ({"latents_mean": [0.0] * 4}, {}, "latents_mean and latents_std are of each channel, and first_stage has one"),
         ({}, {"shift": 0.1}, r"shift_factor is 0, and the shift of first_stage is 0\.1"),
     ],
 )  # fmt: skip
@@ -316,14 +318,15 @@ def test_what_a_config_leaves_out_is_as_the_class_has_it():
     [
         ("DDIM", LATENT), ("DDIM", LATENT | {"rescale_betas_zero_snr": True}), ("DDPM", {}),
         ("DDPM", {"beta_schedule": "squaredcos_cap_v2"}), ("EulerDiscrete", {"trained_betas": [0.1, 0.2, 0.3]}),
-        ("LCM", {}), ("HeunDiscrete", {}), ("CogVideoXDDIM", {}), ("CogVideoXDPM", {"rescale_betas_zero_snr": True}),
+        ("LCM", {}), ("HeunDiscrete", {}), ("PNDM", {"rescale_betas_zero_snr": True}),
+        ("CogVideoXDDIM", {}), ("CogVideoXDPM", {"rescale_betas_zero_snr": True}),
         ("CogVideoXDDIM", {"rescale_betas_zero_snr": True, "snr_shift_scale": 1.0}),
     ],
 )  # fmt: skip
 def test_noise_levels_are_those_of_the_scheduler(kind, options):
     """A tenth of what counts as a difference, which float32 is good for."""
     kind = f"{kind}Scheduler"
-    theirs = getattr(peer("diffusers"), kind)(**options)
+    theirs = getattr(peer("diffusers"), kind).from_config(options)  # as from a file, with keys that its class ignores
     values = {**SCHEDULERS[kind], **options, "_class_name": kind}
     values["num_train_timesteps"] = len(theirs.alphas_cumprod)
     ours, theirs = _alphas_cumprod(values), theirs.alphas_cumprod.double()

@@ -46,13 +46,16 @@ _DDPM = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "bet
 _DDPM |= {"prediction_type": "epsilon"}
 _HEUN = _DDPM | {"beta_start": 0.00085, "beta_end": 0.012}
 _LCM = _HEUN | {"beta_schedule": "scaled_linear"}
-_DDPMS = "DDIM DDIMInverse DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep DPMSolverMultistepInverse "
-_DDPMS += "DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete LMSDiscrete PNDM SASolver UniPCMultistep"
+_ZERO = {"rescale_betas_zero_snr": False}  # where a class takes it; others keep the key of a config and ignore it
+_ZEROS = "DDIM DDIMInverse DDIMParallel DDPM DDPMParallel DPMSolverMultistep EulerAncestralDiscrete EulerDiscrete "
+_ZEROS += "UniPCMultistep"
+_DDPMS = "DEISMultistep DPMSolverMultistepInverse DPMSolverSinglestep LMSDiscrete PNDM SASolver"
 SCHEDULERS: dict[str, Mapping[str, Any]] = {
+    **{f"{name}Scheduler": _DDPM | _ZERO for name in _ZEROS.split()},
     **{f"{name}Scheduler": _DDPM for name in _DDPMS.split()},
     **{f"{name}Scheduler": _HEUN for name in "DPMSolverSDE HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete".split()},
-    **{f"{name}Scheduler": _LCM for name in ("LCM", "TCD")},
-    **{f"CogVideoX{name}Scheduler": _LCM | {"snr_shift_scale": 3.0} for name in ("DDIM", "DPM")},
+    **{f"{name}Scheduler": _LCM | _ZERO for name in ("LCM", "TCD")},
+    **{f"CogVideoX{name}Scheduler": _LCM | _ZERO | {"snr_shift_scale": 3.0} for name in ("DDIM", "DPM")},
 }
 LANGUAGES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0", "flow_prediction": "velocity"}
 # Of alpha and sigma. Diffusers makes its tables in float32, where a thousand products lose 1e-5; another third figure
@@ -159,6 +162,8 @@ def other_scale(config: Config, stage: Any, name: str) -> Iterator[str]:
         said, here = _number(given), _number(getattr(stage, attribute, None))
         if values and said is not None and here is not None and not math.isclose(said, here, rel_tol=1e-4):
             yield f"{config.file}: {key} is {said:g}, and the {attribute} of {name} is {here:g}"
+    if values.get("latents_mean") or values.get("latents_std"):
+        yield f"{config.file}: latents_mean and latents_std are of each channel, and {name} has one scale and shift"
 
 
 def other_noise(config: Config, engine: Any) -> Iterator[str]:
@@ -186,7 +191,7 @@ def other_noise(config: Config, engine: Any) -> Iterator[str]:
             row = int(apart.argmax())
             ratios = [float(((1 - one[row]) / one[row]).sqrt()) for one in (theirs, here)]
             keys = ("beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr", "snr_shift_scale")
-            told = ", ".join(f"{key} {values[key]}" for key in keys if key in values)
+            told = ", ".join(f"{key} {values[key]}" for key in keys if key in SCHEDULERS[config.kind])
             yield (
                 f"{config.file}: its noise levels are not those of {what}: at row {row} sigma / alpha is "
                 f"{ratios[0]:.4g} there and {ratios[1]:.4g} here. It says "
@@ -228,10 +233,11 @@ def _alphas_cumprod(values: Mapping[str, Any]) -> Tensor | None:
     else:
         betas = torch.linspace(start**0.5, end**0.5, rows, **options) ** 2
     table = torch.cumprod(1 - betas, 0)
-    if "snr_shift_scale" in values and values["_class_name"].startswith("CogVideoX"):
+    takes = SCHEDULERS[values["_class_name"]]
+    if "snr_shift_scale" in takes:
         shift = _number(values["snr_shift_scale"])
         table = table / (shift + (1 - shift) * table) if shift else table * math.nan
-    if values.get("rescale_betas_zero_snr"):
+    if "rescale_betas_zero_snr" in takes and values["rescale_betas_zero_snr"]:
         root = table.sqrt()
         table = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     return table if len(table) == rows and bool(((table >= 0) & (table <= 1)).all()) else None
