@@ -122,8 +122,14 @@ def gate_kept_until_backward(net, x):
         net(x).square().sum().backward()
 
 
+def another_scale_at_each_step(net, x):
+    for value in (0.3, 0.9):
+        scale(net, value)
+        net(x).square().sum().backward()
+
+
 HARMFUL = [changed_scale, withdrawn_gate, switched_off, two_states_in_one_backward]
-HARMLESS = [reference_in_between, reference_by_scale, gate_kept_until_backward]
+HARMLESS = [reference_in_between, reference_by_scale, gate_kept_until_backward, another_scale_at_each_step]
 
 
 def gradients(net, program, run):
