@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracles import noise, one_gaussian, two_gaussians
 
-from vdiff.process import EDMSchedule
+from vdiff.process import EDMSchedule, UniformDiscretizer
 from vdiff.samplers import BrownianNoiseSource, DDIMSampler, DPMpp2MSDESampler, DPMppSDESampler, HeunSampler
 
 SEEDS = list(range(16))
@@ -33,7 +33,16 @@ def test_increments_add_up_in_the_clock_of_the_signal_to_noise_ratio():
     assert (whole - want).abs().max() < 1e-3  # places are rounded
 
 
-@pytest.mark.parametrize("solver", [DPMpp2MSDESampler, DPMppSDESampler, functools.partial(DDIMSampler, eta=1.0)])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        DPMpp2MSDESampler,
+        DPMppSDESampler,
+        functools.partial(DDIMSampler, eta=1.0),
+        # Noise in the last step as well.
+        functools.partial(DDIMSampler, eta=1.0, discretizer=UniformDiscretizer(start=1.0, stop=0.6)),
+    ],
+)
 def test_a_sample_hardly_changes_with_the_number_of_steps(solver):
     """With independent noise it is another sample every time."""
     oracle, moved = two_gaussians(), {}
