@@ -62,7 +62,7 @@ def test_removed_parts_leave_no_trace():
     layer, x = nn.Linear(3, 3), torch.randn(2, 3)
     before, y = residue(layer), layer(x)
     part, early = named("a", Times(2)), named("b", PlusBefore())
-    insert([("", layer, part), ("", layer, early)], "test")
+    insert(iter([("", layer, part), ("", layer, early)]), "test")
     assert not torch.equal(layer(x), y)
     remove([(layer, part), (layer, early)])
     assert residue(layer) == before

@@ -164,6 +164,17 @@ def test_a_foreign_checkpoint_that_is_right_is_left_alone(net, program):
         torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-12)
 
 
+def test_our_checkpoint_does_not_hide_a_foreign_one_that_would_be_wrong(net):
+    x = torch.randn(4, 3, dtype=torch.float64)
+    scale(net, 0.3)
+    net.run = foreignly
+    first = net(x)
+    scale(net, 0.9)
+    net.run = helped  # is recomputed first, in the state that there is by then
+    with pytest.raises(RuntimeError, match="vdiff.hooks.checkpoint"):
+        (first - net(x)).square().sum().backward()
+
+
 def test_the_state_after_backward_is_the_present_one(net):
     net.run = helped
     loss = net(torch.randn(4, 3, dtype=torch.float64)).sum()
