@@ -134,6 +134,8 @@ def test_a_mask_says_what_counts():
     assert torch.allclose(MSELoss(mask="keep")(said, x0, noise, level, batch).per_row, torch.ones(6))
     batch = {"keep": 1 - mask}
     assert MSELoss(mask="keep")(said, x0, noise, level, batch).per_row.abs().max() < 1e-10
+    nothing = MSELoss(mask="keep")(said, x0, noise, level, {"keep": torch.zeros(6)})
+    assert torch.equal(nothing.per_row, torch.zeros(6))
     with pytest.raises(KeyError, match="no field 'keep'"):
         MSELoss(mask="keep")(said, x0, noise, level, {"image": x0})
     with pytest.raises(ValueError, match="does not fit"):
@@ -170,6 +172,11 @@ def test_buckets_share_out_the_rows():
     for name, inside in (low, high):
         assert torch.equal(~values.metrics[name].isnan(), inside)
     assert not any(v.requires_grad for v in values.metrics.values())
+
+
+def test_a_weight_that_is_at_most_nothing_is_refused():
+    with pytest.raises(ValueError, match="gamma must be positive"):
+        MinSNRWeighting(0.0)
 
 
 @pytest.mark.parametrize("shape", [(), (2, 3)])

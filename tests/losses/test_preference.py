@@ -162,11 +162,12 @@ def test_the_error_may_be_weighted_and_in_another_language():
 
 
 @pytest.mark.parametrize("utility", UTILITIES)
-@pytest.mark.parametrize("baseline", ["batch", 0.0, 0.3])
-def test_kto_is_the_closed_form(utility, baseline):
-    prediction, *rest = problem()
+@pytest.mark.parametrize("baseline, seed", [("batch", 0), ("batch", 14), (0.0, 0), (0.3, 0)])
+def test_kto_is_the_closed_form(utility, baseline, seed):
+    prediction, *rest = problem(seed=seed)
     ours, theirs = errors(prediction, *rest)
     gain = theirs - ours
+    assert (gain.mean() > 0) == (seed > 0)  # below 0 the baseline of a batch is 0
     z = gain.mean().clamp(min=0).detach() if baseline == "batch" else baseline
     wanted = torch.tensor([True, False, True, True, False, False])
     x = torch.where(wanted, 1.0, -1.0) * 3.0 * (gain - z)
