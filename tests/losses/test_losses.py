@@ -174,9 +174,17 @@ def test_buckets_share_out_the_rows():
     assert not any(v.requires_grad for v in values.metrics.values())
 
 
-def test_a_weight_that_is_at_most_nothing_is_refused():
-    with pytest.raises(ValueError, match="gamma must be positive"):
-        MinSNRWeighting(0.0)
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: MinSNRWeighting(0.0), "gamma must be positive"),
+        (lambda: HuberLoss(delta=0.0), "delta must be positive"),
+        (lambda: HuberLoss(like="line"), "like is square or distance"),
+    ],
+)
+def test_arguments_out_of_range_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("shape", [(), (2, 3)])
