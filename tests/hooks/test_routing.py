@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vdiff.hooks import Part, expand_gate, expand_partners, insert, parts, routed
+from vdiff.hooks import Part, check_partners, expand_gate, expand_partners, insert, parts, routed
 from vdiff.process import Conditioning
 
 
@@ -74,6 +74,14 @@ def test_folded_rows_are_batch_major():
     assert torch.equal(folded.unflatten(0, (2, 3)), x + gate[:, None, None])
     partners = expand_partners(torch.tensor([1, -1]), 6)
     assert partners.tolist() == [3, 4, 5, -1, -1, -1]  # the same frame of the other video
+
+
+def test_partners_are_looked_at_only_where_nothing_waits_for_it():
+    wrong = torch.tensor([0, 0])
+    with pytest.raises(ValueError, match="row 0 is its own partner"):
+        check_partners(wrong, 2)
+    check_partners(wrong.to("meta"), 2)
+    torch.compile(lambda partners: check_partners(partners, 2), backend="eager", fullgraph=True)(wrong)
 
 
 def test_a_gated_amount_is_in_the_dtype_of_what_it_multiplies():
