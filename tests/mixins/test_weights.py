@@ -151,11 +151,12 @@ def test_a_start_from_a_base_in_half_precision_is_that_from_the_same_numbers(ini
     assert all(torch.equal(half[name], whole[name]) for name in ("0.A", "0.B"))
 
 
-def test_a_gaussian_start_is_as_wide_as_pefts():
-    """1 / rank."""
+@pytest.mark.parametrize("init, width", [("gaussian", 1 / 4), ("kaiming", (3 * 4096) ** -0.5)])
+def test_a_drawn_start_is_as_wide_as_pefts(init, width):
+    """Normal of 1 / rank, or uniform up to 1 / sqrt(in)."""
     net = nn.Sequential(nn.Linear(4096, 4))
-    A, _ = LoRA(rank=4, on="0", init="gaussian").attach(net).parameters()
-    assert abs(A.std().item() * 4 - 1) < 0.03
+    A, B = LoRA(rank=4, on="0", init=init).attach(net).parameters()
+    assert abs(A.std().item() / width - 1) < 0.03 and not B.any()
 
 
 def test_dora_scales_directions_and_its_norm_is_a_constant_to_the_gradient():
