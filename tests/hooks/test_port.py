@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vdiff.hooks import PORT, Part, Port, attached, describe, insert, is_port_key, parts, remove, within
+from vdiff.hooks import PORT, Part, Port, accepts, attached, describe, insert, is_port_key, parts, ports, remove, within
 
 
 class Times(Part):
@@ -62,7 +62,7 @@ def test_removed_parts_leave_no_trace():
     layer, x = nn.Linear(3, 3), torch.randn(2, 3)
     before, y = residue(layer), layer(x)
     part, early = named("a", Times(2)), named("b", PlusBefore())
-    insert([("", layer, part), ("", layer, early)], "test")
+    insert(iter([("", layer, part), ("", layer, early)]), "test")
     assert not torch.equal(layer(x), y)
     remove([(layer, part), (layer, early)])
     assert residue(layer) == before
@@ -197,11 +197,14 @@ def test_a_name_that_a_port_cannot_hold_is_refused(name):
     assert residue(layer) == before
 
 
-def test_a_host_with_an_attribute_of_that_name_is_refused():
+@pytest.mark.parametrize("own", [8080, nn.Linear(3, 3)], ids=["number", "child"])
+def test_a_host_with_an_attribute_of_that_name_is_refused(own):
     layer = nn.Linear(3, 3)
-    setattr(layer, PORT, 8080)
+    setattr(layer, PORT, own)
+    assert not ports(nn.Sequential(layer)) and not accepts(layer)
     with pytest.raises(ValueError, match="of its own"):
         insert([("", layer, named("a", Plus()))], "test")
+    assert getattr(layer, PORT) is own
 
 
 def test_port_keys_are_told_from_host_keys():

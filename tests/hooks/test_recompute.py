@@ -122,8 +122,14 @@ def gate_kept_until_backward(net, x):
         net(x).square().sum().backward()
 
 
+def another_scale_at_each_step(net, x):
+    for value in (0.3, 0.9):
+        scale(net, value)
+        net(x).square().sum().backward()
+
+
 HARMFUL = [changed_scale, withdrawn_gate, switched_off, two_states_in_one_backward]
-HARMLESS = [reference_in_between, reference_by_scale, gate_kept_until_backward]
+HARMLESS = [reference_in_between, reference_by_scale, gate_kept_until_backward, another_scale_at_each_step]
 
 
 def gradients(net, program, run):
@@ -156,6 +162,17 @@ def test_a_foreign_checkpoint_that_would_be_wrong_is_an_error(net, program):
 def test_a_foreign_checkpoint_that_is_right_is_left_alone(net, program):
     for ours, true in zip(gradients(net, program, foreignly), gradients(net, program, plainly), strict=True):
         torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-12)
+
+
+def test_our_checkpoint_does_not_hide_a_foreign_one_that_would_be_wrong(net):
+    x = torch.randn(4, 3, dtype=torch.float64)
+    scale(net, 0.3)
+    net.run = foreignly
+    first = net(x)
+    scale(net, 0.9)
+    net.run = helped  # is recomputed first, in the state that there is by then
+    with pytest.raises(RuntimeError, match="vdiff.hooks.checkpoint"):
+        (first - net(x)).square().sum().backward()
 
 
 def test_the_state_after_backward_is_the_present_one(net):

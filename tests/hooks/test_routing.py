@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vdiff.hooks import Part, expand_gate, expand_partners, insert, parts, routed
+from vdiff.hooks import Part, check_partners, expand_gate, expand_partners, insert, parts, routed
 from vdiff.process import Conditioning
 
 
@@ -76,6 +76,14 @@ def test_folded_rows_are_batch_major():
     assert partners.tolist() == [3, 4, 5, -1, -1, -1]  # the same frame of the other video
 
 
+def test_partners_are_looked_at_only_where_nothing_waits_for_it():
+    wrong = torch.tensor([0, 0])
+    with pytest.raises(ValueError, match="row 0 is its own partner"):
+        check_partners(wrong, 2)
+    check_partners(wrong.to("meta"), 2)
+    torch.compile(lambda partners: check_partners(partners, 2), backend="eager", fullgraph=True)(wrong)
+
+
 def test_a_gated_amount_is_in_the_dtype_of_what_it_multiplies():
     part = Part()
     part.gate = torch.rand(4)
@@ -90,7 +98,13 @@ def test_a_gated_amount_is_in_the_dtype_of_what_it_multiplies():
     [
         (Conditioning(gates={"c": torch.ones(2)}), None, "no mixin of that name is attached.*Attached: [ab], [ab]"),
         (Conditioning(gates={"a": torch.ones(2, 1)}), None, "one number per row"),
+        (Conditioning(gates={"a": torch.tensor(1.0)}), None, "one number per row"),
         (Conditioning(gates={"a": torch.ones(2)}, partners=torch.tensor([0])), None, "row 1 has none"),
+        (
+            Conditioning(gates={"a": torch.ones(2, 3)}, partners=torch.tensor([[1, -1], [0, -1]])),
+            None,
+            r"one number per row, \(2,\), or one for each partner, \(2, 2\); it is \(2, 3\)",
+        ),
         (Conditioning(gates={"a": torch.ones(2)}), 4, r"gate of 'a' must hold one number per row, \(4,\)"),
     ],
 )

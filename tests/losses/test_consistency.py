@@ -60,6 +60,13 @@ def test_a_shorter_step_counts_more_where_it_is_asked_for():
     torch.testing.assert_close(weighed, plain / (level.ratio - level.lower.ratio).float())
 
 
+def test_a_step_of_no_length_counts_nothing_where_student_and_target_agree():
+    prediction, level, _ = problem("x0")
+    level = level.paired(level)
+    same = prediction.with_(target=prediction.with_(value=prediction.value.detach(), level=level.lower))
+    assert not loss_of(ConsistencyLoss(per_step=True), same, level).per_row.any()
+
+
 def test_a_step_that_has_no_length_is_refused_where_it_is_to_count():
     """Its pair would never count; a plain loss takes it."""
     t = torch.tensor([1.0, 0.5])
@@ -87,6 +94,7 @@ def test_where_student_and_target_agree_it_is_zero_and_so_is_its_gradient():
     for huber in (0.00054, 0.0, None):
         values = loss_of(ConsistencyLoss(huber=huber), prediction.with_(target=same), level)
         assert not values.per_row.any() and torch.equal(values.metrics["consistency/error"], torch.zeros(4))
+        assert not any(value.requires_grad for value in values.metrics.values())
         (grad,) = torch.autograd.grad(values.per_row.sum(), prediction.value)
         assert not grad.any()
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vdiff.losses import (
     BUCKETS,
@@ -46,6 +47,22 @@ def test_the_truth_costs_nothing(loss, language):
     assert values.per_row.abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("loss, of", [(MSELoss(), F.mse_loss), (L1Loss(), F.l1_loss)])
+def test_errors_are_those_of_torch(loss, of):
+    x0, noise, level = problem()
+    said = predict("v", x0, noise, level, wrong=torch.linspace(-1, 1, 48, dtype=torch.float64).view(3, 4, 4))
+    want = of(said.value, said.language.value(x0, noise, level), reduction="none").mean((1, 2, 3))
+    torch.testing.assert_close(loss(said, x0, noise, level, {}).per_row, want.float())
+
+
+def test_what_a_network_says_in_half_precision_is_compared_with_the_exact_truth():
+    x0, noise, level = problem()
+    said = predict("v", x0, noise, level, wrong=0.1)
+    half = said.with_(value=said.value.bfloat16())
+    want = MSELoss()(half.with_(value=half.value.double()), x0, noise, level, {}).per_row
+    torch.testing.assert_close(MSELoss()(half, x0, noise, level, {}).per_row, want)
+
+
 @pytest.mark.parametrize("schedule", [CosineSchedule(), FlowSchedule(), EDMSchedule(sigma_max=5.0, rho=2.0)])
 @pytest.mark.parametrize(
     "weighting", [EDMWeighting(), MinSNRWeighting(), VWeighting(), EpsilonWeighting(), SNRWeighting()]
@@ -81,6 +98,15 @@ def test_weights_are_those_of_the_papers(weighting, language, want):
     assert torch.allclose(got, want(level.snr), rtol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "weighting",
+    [UnitWeighting(), EDMWeighting(), SNRWeighting(), MinSNRWeighting(), VWeighting(), EpsilonWeighting()],
+)
+def test_a_weight_of_an_error_of_x0_is_its_weight_in_the_language_x0(weighting):
+    _, _, level = problem()
+    torch.testing.assert_close(weighting(level, parameterization("x0")), weighting.on_x0(level))
+
+
 def test_weights_are_finite_at_pure_noise_in_the_languages_that_live_there():
     level = ZeroSNRSchedule()(torch.ones(1, dtype=torch.float64))
     for weighting in (VWeighting(), MinSNRWeighting(), SNRWeighting(), EDMWeighting()):
@@ -108,6 +134,8 @@ def test_a_mask_says_what_counts():
     assert torch.allclose(MSELoss(mask="keep")(said, x0, noise, level, batch).per_row, torch.ones(6))
     batch = {"keep": 1 - mask}
     assert MSELoss(mask="keep")(said, x0, noise, level, batch).per_row.abs().max() < 1e-10
+    nothing = MSELoss(mask="keep")(said, x0, noise, level, {"keep": torch.zeros(6)})
+    assert torch.equal(nothing.per_row, torch.zeros(6))
     with pytest.raises(KeyError, match="no field 'keep'"):
         MSELoss(mask="keep")(said, x0, noise, level, {"image": x0})
     with pytest.raises(ValueError, match="does not fit"):
@@ -144,6 +172,19 @@ def test_buckets_share_out_the_rows():
     for name, inside in (low, high):
         assert torch.equal(~values.metrics[name].isnan(), inside)
     assert not any(v.requires_grad for v in values.metrics.values())
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: MinSNRWeighting(0.0), "gamma must be positive"),
+        (lambda: HuberLoss(delta=0.0), "delta must be positive"),
+        (lambda: HuberLoss(like="line"), "like is square or distance"),
+    ],
+)
+def test_arguments_out_of_range_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("shape", [(), (2, 3)])

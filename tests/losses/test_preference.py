@@ -162,11 +162,12 @@ def test_the_error_may_be_weighted_and_in_another_language():
 
 
 @pytest.mark.parametrize("utility", UTILITIES)
-@pytest.mark.parametrize("baseline", ["batch", 0.0, 0.3])
-def test_kto_is_the_closed_form(utility, baseline):
-    prediction, *rest = problem()
+@pytest.mark.parametrize("baseline, seed", [("batch", 0), ("batch", 14), (0.0, 0), (0.3, 0)])
+def test_kto_is_the_closed_form(utility, baseline, seed):
+    prediction, *rest = problem(seed=seed)
     ours, theirs = errors(prediction, *rest)
     gain = theirs - ours
+    assert (gain.mean() > 0) == (seed > 0)  # below 0 the baseline of a batch is 0
     z = gain.mean().clamp(min=0).detach() if baseline == "batch" else baseline
     wanted = torch.tensor([True, False, True, True, False, False])
     x = torch.where(wanted, 1.0, -1.0) * 3.0 * (gain - z)
@@ -180,11 +181,36 @@ def test_kto_is_the_closed_form(utility, baseline):
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)  # no gradient through the baseline; the loss is float32
 
 
+def test_figures_of_kto_are_the_gain_and_the_errors_of_either_kind():
+    prediction, *rest = problem()
+    ours, theirs = (error.detach() for error in errors(prediction, *rest))
+    wanted = torch.tensor([True, False, True, True, False, False])
+    figures = KTOLoss(3.0, baseline=0.3)(prediction, *rest, {"wanted": wanted}).metrics
+    figures = {name.removeprefix("preference/"): value for name, value in figures.items()}
+    torch.testing.assert_close(figures["reward"], (theirs - ours).float())
+    assert torch.equal(figures["accuracy"], ((theirs > ours) == wanted).float())
+    assert torch.equal(figures["baseline"], torch.full((6,), 0.3))
+    for name, rows in (("win_error", wanted), ("lose_error", ~wanted)):
+        torch.testing.assert_close(figures[name][rows], ours[rows].float())
+        assert figures[name][~rows].isnan().all()
+    assert not any(value.requires_grad for value in figures.values())
+
+
+@pytest.mark.parametrize("loss", [*PAIRWISE[:3], KTOLoss(3.0)])
+def test_the_reference_has_no_gradient_and_the_loss_does_not_pull_at_it(loss):
+    prediction, *rest = problem()
+    moving = prediction.reference.value.clone().requires_grad_()
+    prediction = prediction.with_(reference=prediction.reference.with_(value=moving))
+    loss(prediction, *rest, {"wanted": torch.tensor([1, 0, 1, 0, 1, 0])}).per_row.sum().backward()
+    assert prediction.value.grad.any() and moving.grad is None
+
+
 def test_kto_where_policy_and_reference_agree_is_a_half_and_pulls_with_a_quarter_of_beta():
     prediction, x0, noise, level = problem(same=True)
     wanted = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
     values = KTOLoss(8.0)(prediction, x0, noise, level, {"wanted": wanted})
     assert torch.equal(values.per_row, torch.full((6,), 0.5))
+    assert torch.equal(values.metrics["preference/accuracy"], torch.full((6,), 0.5))  # a tie is half a win
     values.per_row.sum().backward()
     truth = parameterization("v").value(x0, noise, level)
     by_error = 2 * (prediction.value - truth).detach() / truth[0].numel()
@@ -222,6 +248,9 @@ def test_batches_of_the_pairs_data_set_are_pairs():
         (lambda: DiffusionDPOLoss(0.0), "beta must be positive"),
         (lambda: DiffusionDPOLoss(label_smoothing=0.5), r"label_smoothing must be in \[0, 0.5\)"),
         (lambda: SimPOLoss(gamma=-1.0), "gamma must not be negative"),
+        (lambda: KTOLoss(beta=0.0), "beta must be positive"),
+        (lambda: KTOLoss(wanted=-1.0), "the weights not negative"),
+        (lambda: KTOLoss(unwanted=-1.0), "the weights not negative"),
         (lambda: KTOLoss(baseline="mean"), "baseline is 'batch' or a number"),
         (lambda: KTOLoss(utility="bold"), "utility 'bold'"),
     ],
@@ -235,3 +264,5 @@ def test_kto_names_the_field_it_needs():
     prediction, *rest = problem()
     with pytest.raises(ValueError, match=r"a field 'wanted' of shape \(6,\).*has none.*label"):
         KTOLoss()(prediction, *rest, {"label": torch.zeros(6)})
+    with pytest.raises(ValueError, match=r"of shape \(6,\).*has one of shape \(6, 1\)"):
+        KTOLoss()(prediction, *rest, {"wanted": torch.zeros(6, 1)})

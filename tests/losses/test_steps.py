@@ -57,6 +57,29 @@ def test_loss_and_gradient_are_those_written_by_hand(clip):
         torch.testing.assert_close(got, hand, rtol=1e-5, atol=1e-10)  # the loss is float32
 
 
+def test_figures_are_the_ratios_and_how_often_the_better_one_is_likelier():
+    prediction, batch = problem(rows=8)
+    loss = SPOLoss(2.0, clip=None)
+    figures = loss(prediction, prediction.x_t, prediction.x_t, prediction.level, batch).metrics
+    ratio = loss.log_likelihood(prediction, batch) - loss.log_likelihood(prediction.reference, batch)
+    win, lose = ratio.detach().float().unflatten(0, (-1, 2)).unbind(1)
+    for name, want in (("win_ratio", win), ("lose_ratio", lose)):
+        value = figures[f"preference/{name}"]
+        torch.testing.assert_close(value[~value.isnan()], want)
+    torch.testing.assert_close(figures["preference/margin"][::2], win - lose)
+    accuracy = figures["preference/accuracy"]
+    assert torch.equal(accuracy[::2], (win > lose).float()) and torch.equal(accuracy[::2], accuracy[1::2])
+    assert 0 < accuracy.mean() < 1 and not any(value.requires_grad for value in figures.values())
+
+
+def test_the_loss_does_not_pull_at_the_reference():
+    prediction, batch = problem()
+    moving = prediction.reference.value.clone().requires_grad_()
+    prediction = prediction.with_(reference=prediction.reference.with_(value=moving))
+    SPOLoss(clip=None)(prediction, prediction.x_t, prediction.x_t, prediction.level, batch).per_row.sum().backward()
+    assert prediction.value.grad.any() and moving.grad is None
+
+
 def test_where_policy_and_reference_agree_it_is_the_logarithm_of_two():
     prediction, batch = problem(same=True)
     values = SPOLoss()(prediction, prediction.x_t, prediction.x_t, prediction.level, batch)
@@ -70,5 +93,16 @@ def test_missing_states_are_named():
     del batch["next_sigma"]
     with pytest.raises(KeyError, match="no field 'next_sigma'"):
         SPOLoss()(prediction, prediction.x_t, prediction.x_t, prediction.level, batch)
-    with pytest.raises(ValueError, match="eta in"):
-        SPOLoss(eta=0.0)
+
+
+def test_what_is_no_pair_is_refused():
+    prediction, batch = problem()
+    with pytest.raises(ValueError, match="rows 2 and 3 should be a pair"):
+        batch["noise_key"] = torch.tensor([1, 1, 2, 3])
+        SPOLoss()(prediction, prediction.x_t, prediction.x_t, prediction.level, batch)
+
+
+@pytest.mark.parametrize("wrong", [{"beta": 0.0}, {"eta": 0.0}, {"eta": 1.5}, {"clip": 0.0}, {"clip": 1.0}])
+def test_arguments_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"eta in \(0, 1\] and clip in \(0, 1\) or None"):
+        SPOLoss(**wrong)

@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vdiff.checkpoints import WeightFileError, read_metadata, save_weights
-from vdiff.hooks import PORT, Part, attached, routed
+from vdiff.hooks import PORT, Part, attached, parts, routed
 from vdiff.mixins import JointAttention, LoRA, Mixin, load_mixin
 from vdiff.networks import UNet
 from vdiff.process import Conditioning
@@ -79,6 +79,14 @@ def test_detaching_restores_outputs_and_keys_bit_for_bit(mixin):
     assert list(net.state_dict()) == keys
     assert torch.equal(net(x, c_noise, cond), y)
     assert not any(PORT in module._modules or module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize("mixin", [LoRA(rank=2), JointAttention(), PlusOne()])
+def test_parts_are_made_where_their_host_is(mixin):
+    net = unet().to("meta")
+    mixin.attach(net)
+    tensors = [tensor for part in parts(net) for tensor in (*part.parameters(), *part.buffers())]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 @pytest.mark.parametrize("mixin", [lambda: LoRA(on=["type:Linear", "type:_ConvNd"]), lambda: JointAttention()])

@@ -11,6 +11,7 @@ from peers import peer
 from torch import nn
 
 from vdiff.checkpoints import WeightFileError, read_weights, save_weights
+from vdiff.checkpoints.maps.unet import unet as names
 from vdiff.hooks import PORT, routed
 from vdiff.mixins import ControlNet, IPAdapter, LoRA, T2IAdapter, load_mixin
 from vdiff.networks import DiT, UNet
@@ -18,9 +19,10 @@ from vdiff.networks.transformer import CrossAttention
 from vdiff.process import Conditioning
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
-from test_unet import FIRST, TWIN, diffusers_name, to_diffusers  # noqa: E402
+from test_unet import FIRST, TWIN  # noqa: E402
 
 CONFIG = dict(attention_factors=(1,), num_heads=4, context_dim=16)
+TABLE = names(1, (True, False))  # of a UNet like that, to those of diffusers
 
 
 def stirred(module, std=0.1):
@@ -51,9 +53,9 @@ def little(rows=2, **conds):
 # ControlNet ---------------------------------------------------------------------------------------
 
 
-def controls_of_diffusers(weights, per):
+def controls_of_diffusers(weights):
     """Weights of ours under the names of diffusers' ControlNetModel."""
-    out = {}
+    out, copied = {}, {}
     for name, value in weights.items():
         name = name.removeprefix("control_model.")
         hint = re.fullmatch(r"input_hint_block\.(\d+)\.(.*)", name)
@@ -66,8 +68,8 @@ def controls_of_diffusers(weights, per):
         elif name.startswith("middle_block_out"):
             out[name.replace("middle_block_out.0", "controlnet_mid_block")] = value
         else:
-            out[diffusers_name(name, per)] = value
-    return out
+            copied[name] = value
+    return out | TABLE(copied)
 
 
 @pytest.mark.parametrize("guess", [False, True])
@@ -82,10 +84,10 @@ def test_controlnet_says_what_diffusers_says(guess):
     base = diffusers.UNet2DConditionModel(**twin).eval()
     plain = unet()
     plain.load_state_dict({k: v for k, v in net.state_dict().items() if PORT not in k})
-    base.load_state_dict(to_diffusers(plain, per=2))
+    base.load_state_dict(TABLE(plain.state_dict()))
     config = {k: v for k, v in twin.items() if k not in ("sample_size", "up_block_types")}
     theirs = diffusers.ControlNetModel(**config, conditioning_embedding_out_channels=(16, 32, 96, 256)).eval()
-    theirs.load_state_dict(controls_of_diffusers(control.state_dict(), per=2))
+    theirs.load_state_dict(controls_of_diffusers(control.state_dict()))
     with torch.no_grad():
         down, mid = theirs(x, c_noise, text, hint, conditioning_scale=0.7, guess_mode=guess, return_dict=False)
         want = base(x, c_noise, text, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
@@ -164,7 +166,7 @@ def test_t2i_features_are_those_of_diffusers(tmp_path):
     save_weights(tmp_path / "theirs.safetensors", theirs.state_dict())
     adapter.read(tmp_path / "theirs.safetensors")
     base = diffusers.UNet2DConditionModel(**TWIN | FIRST | dict(attention_head_dim=4)).eval()
-    base.load_state_dict(to_diffusers(plain, per=2))
+    base.load_state_dict(TABLE(plain.state_dict()))
     with torch.no_grad():
         want = base(x, c_noise, text, down_intrablock_additional_residuals=theirs(hint)).sample
         ours = net(x, c_noise, Conditioning({"cross_attention": text, "t2i_adapter": hint}))
@@ -217,7 +219,7 @@ def test_a_whole_network_looks_at_a_picture_as_that_of_diffusers_does():
     plain = copy.deepcopy(net)
     ip, picture = stirred(IPAdapter(embed_dim=12, num_tokens=4).attach(net), 0.3), torch.randn(2, 12)
     base = diffusers.UNet2DConditionModel(**TWIN | FIRST | dict(attention_head_dim=4)).eval()
-    base.load_state_dict(to_diffusers(plain, per=2))
+    base.load_state_dict(TABLE(plain.state_dict()))
     groups = {"image_proj": {}, "ip_adapter": {}}
     for name, value in ip.state_dict().items():
         group, _, rest = name.partition(".")
@@ -298,7 +300,7 @@ def test_plus_is_read_and_written_whole_and_looks_as_in_diffusers(ending, tmp_pa
         group, _, rest = name.partition(".")
         groups[group][rest] = value
     base = diffusers.UNet2DConditionModel(**TWIN | FIRST | dict(attention_head_dim=4)).eval()
-    base.load_state_dict(to_diffusers(plain, per=2))
+    base.load_state_dict(TABLE(plain.state_dict()))
     base._load_ip_adapter_weights([groups], low_cpu_mem_usage=False)
     for processor in base.attn_processors.values():
         if hasattr(processor, "scale"):

@@ -9,6 +9,7 @@ from peers import peer
 from torch import nn
 
 from vdiff.checkpoints import read_weights
+from vdiff.checkpoints.maps.unet import unet as unet_names
 from vdiff.hooks import attached, checkpoint, routed
 from vdiff.mixins import PAG, SEG, ControlNet, FreeU, JointAttention, LoRA, Record, TokenMerging
 from vdiff.mixins.comparison import compare, linear_cka, samples
@@ -330,11 +331,11 @@ def test_the_whole_network_says_what_diffusers_says_with_freeu(order):
 
     diffusers = peer("diffusers")
     sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
-    from test_unet import FIRST, TWIN, randomised, to_diffusers
+    from test_unet import FIRST, TWIN, randomised
 
     net = randomised(UNet(4, 4, 32, (1, 2), 1, (1,), num_heads=4, context_dim=16))
     base = diffusers.UNet2DConditionModel(**TWIN | FIRST | dict(attention_head_dim=4)).eval()
-    base.load_state_dict(to_diffusers(net, per=2))
+    base.load_state_dict(unet_names(1, (True, False))(net.state_dict()))
     base.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     mixins = {"freeu": FreeU((1.2, 1.4), (0.9, 0.2)), "control": ControlNet(hint_factor=1, name="control")}
     for name in order:

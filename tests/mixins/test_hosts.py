@@ -116,6 +116,13 @@ def test_every_row_has_its_own_level_and_gates_are_multiplied():
     torch.testing.assert_close(gated, wanted)
 
 
+def test_a_level_per_frame_is_refused():
+    one = engine(lora=LoRA(rank=2, on="*.qkv"))
+    ByLevel("lora", {1.0: 1.0}).attach(one)
+    with pytest.raises(ValueError, match=r"'lora' is gated per row, and the level is per frame, \(2, 3\)"):
+        one.denoiser(torch.randn(2, 1, 8, 8), one.schedule(torch.full((2, 3), 0.5)))
+
+
 def test_it_follows_a_walk_of_sampling_and_comes_off():
     one = engine(lora=LoRA(rank=2, on="*.qkv"))
     stirred(one.mixins["lora"])

@@ -42,6 +42,26 @@ def test_the_pair_is_a_change_of_weight(layer):
     torch.testing.assert_close(y, net(x), rtol=1e-6, atol=1e-6)  # the scale is kept in float32
 
 
+def test_indices_are_not_dropped():
+    net, x = nn.Sequential(nn.Embedding(5, 4)).train(), torch.arange(5)
+    part = LoRA(on="0", rank=2, dropout=0.5).attach(net)._sites["0"][1]
+    nn.init.normal_(part.A)
+    said = net(x)
+    part.dropout = 0.0
+    assert torch.equal(said, net(x)) and not torch.equal(said, net[0].weight)
+
+
+def test_weights_are_kept_in_float32():
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        net = nn.Sequential(nn.Linear(6, 4))
+        lora = LoRA(on="0", rank=2).attach(net)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in lora.parameters()} == {torch.float32} and net[0].weight.dtype == torch.bfloat16
+    assert net(torch.ones(1, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("layer", ["linear", "conv1d", "conv2d circular", "conv3d"])
 def test_outputs_are_those_of_peft(layer):
     peft = peer("peft")

@@ -191,6 +191,22 @@ def test_a_computed_weight_cannot_stand_aside():
     assert not lora.is_merged
 
 
+@pytest.mark.parametrize("kind", ["pissa", "dora"])
+def test_a_computed_weight_is_a_base_as_it_is_by_then(kind):
+    net, x = chain()
+    torch.nn.utils.parametrizations.weight_norm(net[0])
+    before = net(x)
+    KINDS[kind](on="0").attach(net)
+    torch.testing.assert_close(net(x), before)
+
+
+def test_a_merged_weight_asks_for_no_gradient():
+    net, _ = chain()
+    own = net[0].weight
+    stir(LoRA(on="0", rank=2)).attach(net).merge()
+    assert net[0].weight is not own and not net[0].weight.requires_grad and own.requires_grad
+
+
 # Several on one host -----------------------------------------------------------------------------
 
 

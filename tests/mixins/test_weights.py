@@ -142,6 +142,23 @@ def test_a_start_from_the_base_leaves_it_alone_and_takes_its_largest_part(init):
     lora.detach()
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_from_a_base_in_half_precision_is_that_from_the_same_numbers(init):
+    nets = [nn.Sequential(nn.Linear(8, 6).bfloat16()) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    nets[1].float()
+    half, whole = (LoRA(rank=2, on="0", init=init).attach(net).state_dict() for net in nets)
+    assert all(torch.equal(half[name], whole[name]) for name in ("0.A", "0.B"))
+
+
+@pytest.mark.parametrize("init, width", [("gaussian", 1 / 4), ("kaiming", (3 * 4096) ** -0.5)])
+def test_a_drawn_start_is_as_wide_as_pefts(init, width):
+    """Normal of 1 / rank, or uniform up to 1 / sqrt(in)."""
+    net = nn.Sequential(nn.Linear(4096, 4))
+    A, B = LoRA(rank=4, on="0", init=init).attach(net).parameters()
+    assert abs(A.std().item() / width - 1) < 0.03 and not B.any()
+
+
 def test_dora_scales_directions_and_its_norm_is_a_constant_to_the_gradient():
     net, x = nn.Sequential(nn.Linear(5, 4, bias=False)), torch.randn(7, 5)
     dora = stir(DoRA(rank=2, alpha=3.0, on="0").attach(net))

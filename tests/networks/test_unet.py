@@ -8,6 +8,7 @@ from peers import peer
 from torch._dynamo.testing import CompileCounter
 
 from vdiff.attention import use_backend
+from vdiff.checkpoints.maps.unet import plain_attention, unet
 from vdiff.networks import ResBlock, UNet
 from vdiff.process import Conditioning
 from vdiff.registry import ConfigError, build
@@ -110,55 +111,6 @@ def test_the_refiner_has_its_parameters():
 
 # --- parity with diffusers -----------------------------------------------------------------------
 
-RES = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
-}  # fmt: skip
-ENDS = {
-    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-    "time_cond_proj": "time_embedding.cond_proj",
-    "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
-    "label_emb": "class_embedding",
-    "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
-}  # fmt: skip
-
-
-def diffusers_name(name, per):
-    """One weight's name there; ``per`` is the number of stages of a level."""
-    head, leaf = name.rsplit(".", 1)
-    if head in ENDS:
-        return f"{ENDS[head]}.{leaf}"
-    is_middle = name.startswith("middle_block")
-    place, stage, child, inner = name.replace("block.", "block.0.").split(".", 3)
-    is_res = next((ours for ours in RES if inner.startswith(ours + ".")), None)
-    inner = inner.replace(is_res, RES[is_res]) if is_res else inner
-    if is_middle:
-        return f"mid_block.{('resnets.0', 'attentions.0', 'resnets.1')[int(child)]}.{inner}"
-    way, stage = ("down", int(stage) - 1) if place == "input_blocks" else ("up", int(stage))
-    layer = stage % per
-    is_resampling = inner.startswith(("op.", "conv.")) or (
-        is_res and (layer == per - 1 if way == "down" else child != "0")
-    )
-    part = f"{way}samplers.0" if is_resampling else f"{'resnets' if is_res else 'attentions'}.{layer}"
-    return f"{way}_blocks.{stage // per}.{part}.{inner.replace('op.', 'conv.') if is_resampling else inner}"
-
-
-def to_diffusers(net, per, plain_heads=None):
-    """Our state dict in their names; plain attention's ``qkv`` is cut into three."""
-    out = {}
-    for name, value in net.state_dict().items():
-        theirs = diffusers_name(name, per)
-        if plain_heads and ".qkv." in theirs:
-            q, k, v = value.squeeze(-1).unflatten(0, (-1, 3, plain_heads)).unbind(1)
-            for letter, part in zip("qkv", (q, k, v), strict=True):
-                out[theirs.replace("qkv", f"to_{letter}")] = part.flatten(0, 1)
-        elif plain_heads and "attentions" in theirs:
-            out[theirs.replace("proj_out", "to_out.0").replace("norm", "group_norm")] = value.squeeze(-1)
-        else:
-            out[theirs] = value
-    return out
-
-
 TWIN = dict(sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=16)
 FIRST = dict(
     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")
@@ -203,7 +155,8 @@ def test_same_numbers_as_the_conditional_unet_of_diffusers(style, config, twin, 
     diffusers = peer("diffusers")
     net = randomised(UNet(**SMALL | dict(context_dim=16) | config))
     theirs = diffusers.UNet2DConditionModel(**TWIN | twin).eval()
-    theirs.load_state_dict(to_diffusers(net, per=twin.get("layers_per_block", 1) + 1))
+    attends = [factor in config["attention_factors"] for factor in (1, 2)]
+    theirs.load_state_dict(unet(config.get("num_res_blocks", 1), attends)(net.state_dict()))
     assert parameters in (None, sum(p.numel() for p in net.parameters()))
     x, c_noise, context = draw(2, 4, 8, 8), torch.tensor([3.0, 741.0]), draw(2, 7, 16, seed=2)
     keep = torch.ones(2, 7, dtype=torch.bool)
@@ -243,7 +196,8 @@ def test_same_numbers_as_the_unconditional_unet_of_diffusers(config, twin):
         down_block_types=("AttnDownBlock2D",) * 2, up_block_types=("AttnUpBlock2D",) * 2, attention_head_dim=16,
         **twin,
     ).eval()  # fmt: skip
-    theirs.load_state_dict(to_diffusers(net, per=2, plain_heads=16))
+    table = unet(1, (True, True), "resblock_updown" in config, attention=plain_attention(16))
+    theirs.load_state_dict(table(net.state_dict()))
     x, c_noise, cond = inputs(net)
     with torch.no_grad():
         expected = theirs(x, c_noise, class_labels=cond.get("label")).sample

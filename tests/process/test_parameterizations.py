@@ -58,6 +58,20 @@ def test_the_table_is_that_of_the_papers(schedule):
     torch.testing.assert_close(says["velocity"], n.d_alpha * x0 + n.d_sigma * noise)
 
 
+@every_schedule
+@every_language
+def test_a_reading_of_the_truth_is_x0(language, schedule):
+    x0, noise = torch.randn(2, 3, dtype=torch.float64)
+    level = schedule(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    p, q = language.reading(level)
+    torch.testing.assert_close(p * level.mix(x0, noise) + q * language.value(x0, noise, level), x0)
+
+
+def test_x0_is_read_where_there_is_no_noise_as_well():
+    p, q = X0Parameterization().reading(FlowSchedule()(torch.zeros(1)))
+    assert (p.item(), q.item()) == (0.0, 1.0)
+
+
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
 def test_the_edm_row_is_its_preconditioning(sigma_data):
     """Karras et al., table 1: D = c_skip x_t + c_out F, so the target is F = (x0 - c_skip x_t) / c_out."""

@@ -7,8 +7,17 @@ import pytest
 import torch
 from oracles import noise, one_gaussian, two_gaussians
 
-from vdiff.process import EDMSchedule
-from vdiff.samplers import BrownianNoiseSource, DDIMSampler, DPMpp2MSDESampler, DPMppSDESampler, HeunSampler
+from vdiff.process import EDMSchedule, UniformDiscretizer
+from vdiff.samplers import (
+    BrownianNoiseSource,
+    DDIMSampler,
+    DPMpp2MSDESampler,
+    DPMppSDESampler,
+    HeunSampler,
+    Node,
+    Stage,
+)
+from vdiff.samplers.noise import spans
 
 SEEDS = list(range(16))
 
@@ -33,7 +42,16 @@ def test_increments_add_up_in_the_clock_of_the_signal_to_noise_ratio():
     assert (whole - want).abs().max() < 1e-3  # places are rounded
 
 
-@pytest.mark.parametrize("solver", [DPMpp2MSDESampler, DPMppSDESampler, functools.partial(DDIMSampler, eta=1.0)])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        DPMpp2MSDESampler,
+        DPMppSDESampler,
+        functools.partial(DDIMSampler, eta=1.0),
+        # Noise in the last step as well.
+        functools.partial(DDIMSampler, eta=1.0, discretizer=UniformDiscretizer(start=1.0, stop=0.6)),
+    ],
+)
 def test_a_sample_hardly_changes_with_the_number_of_steps(solver):
     """With independent noise it is another sample every time."""
     oracle, moved = two_gaussians(), {}
@@ -44,6 +62,17 @@ def test_a_sample_hardly_changes_with_the_number_of_steps(solver):
         ]
         moved[name] = (samples[0] - samples[1]).abs().median().item()
     assert moved["path"] < 0.05 and moved["independent"] > 4 * moved["path"]
+
+
+def test_noise_is_of_its_own_step_and_of_all_its_calls_since_the_noise_before():
+    a, b, c = Node.of(EDMSchedule().at_ratio(torch.tensor([4.0, 2.0, 1.0]).double()))
+    still, noisy = {"x": 0.5, "x0": 0.5}, {"x": 0.5, "x0": 0.4, "noise": 0.1}
+    assert spans([Stage(a, still), Stage(b, noisy)], c) == {3: (b.ratio, c.ratio)}
+    assert spans([Stage(a, still, ends_step=False), Stage(b, noisy)], c) == {3: (a.ratio, c.ratio)}
+    assert spans([Stage(a, noisy, ends_step=False), Stage(b, noisy)], c) == {
+        1: (a.ratio, b.ratio),
+        3: (b.ratio, c.ratio),
+    }
 
 
 def test_a_sample_does_not_know_its_batch():

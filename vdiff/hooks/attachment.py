@@ -89,8 +89,8 @@ def _check(site: str, host: nn.Module, part: Part, who: str) -> None:
         raise ValueError(f"{where} is sharded already. Attach first, then wrap for several devices.")
     if not part.mixin_name or "." in part.mixin_name or part.mixin_name in TAKEN:
         raise ValueError(f"{who}: a mixin cannot be called {part.mixin_name!r}; use a plain word without dots.")
-    port = cast(Port | None, host._modules.get(PORT))
-    if port is None:
+    port = host._modules.get(PORT)
+    if not isinstance(port, Port):
         if hasattr(host, PORT):
             raise ValueError(f"{where} has an attribute {PORT!r} of its own, where vdiff keeps what is attached.")
         return

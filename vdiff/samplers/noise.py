@@ -63,7 +63,7 @@ class IidNoiseSource(NoiseSource):
 def spans(stages: Sequence[Stage], last: Node) -> dict[int, tuple[float, float]]:
     """Between which ratios sigma / alpha the draws of a walk lie, by number, ``last`` its end.
 
-    Noise that an update adds belongs to the stretch of the walk since the noise before it, so that the stretches
+    Noise that an update adds belongs to the stretch of its step since the noise before it, so that the stretches
     of a walk never overlap. Noise that is added to go back up (churn) belongs to none.
     """
     levels = [stage.node.ratio for stage in stages] + [last.ratio]
