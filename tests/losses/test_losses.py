@@ -85,6 +85,7 @@ def test_a_weighted_loss_is_the_same_in_every_language(schedule, weighting):
         (EpsilonWeighting(), "epsilon", lambda s: torch.ones_like(s)),
         (EpsilonWeighting(), "x0", lambda s: s),
         (MinSNRWeighting(5.0), "x0", lambda s: s.clamp(max=5)),
+        (MinSNRWeighting(0.5), "x0", lambda s: s.clamp(max=0.5)),
         (MinSNRWeighting(5.0), "epsilon", lambda s: s.clamp(max=5) / s),  # Hang et al., arXiv:2303.09556
         (MinSNRWeighting(5.0), "v", lambda s: s.clamp(max=5) / (s + 1)),
         (SNRWeighting(low=1.0), "x0", lambda s: s.clamp(min=1)),  # truncated SNR, arXiv:2202.00512

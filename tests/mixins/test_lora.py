@@ -27,12 +27,12 @@ def merged(part, weight):
     return weight + scale * delta
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_the_pair_is_a_change_of_weight(layer):
+@pytest.mark.parametrize("layer, parts", [*((layer, 1) for layer in LAYERS), ("linear", 2), ("linear", 4)])
+def test_the_pair_is_a_change_of_weight(layer, parts):
     host, shape = LAYERS[layer]()
     host, x = host.double(), torch.randn(shape, dtype=torch.float64)
     net = nn.Sequential(host)
-    lora = LoRA(on="0", rank=2, alpha=3.0, scale=0.7).attach(net)
+    lora = LoRA(on="0", rank=2, alpha=3.0, parts=parts, scale=0.7).attach(net)
     nn.init.normal_(host._port["lora"].B)
     host.double()
     y = net(x)
