@@ -461,3 +461,34 @@ def test_convert_goes_from_one_format_to_another(tmp_path, capsys):
     assert "rank 2" in capsys.readouterr().out
     again = load_mixin(b)
     assert same(again.state_dict(), lora.state_dict()) and again.host == "UNet" and again.alpha == 1
+
+
+@pytest.mark.parametrize("form", ["peft", "kohya", "kohya to peft"])
+@pytest.mark.parametrize("factor", [-1, 4])
+def test_one_factor_gives_the_kronecker_products_of_all_layers_kernels_apart(factor, form, tmp_path):
+    """A file does not tell a pair's channels from its kernel, and peft has one factor for all layers."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 20, 3, padding=1), nn.Conv2d(20, 40, 3, padding=1), nn.Conv2d(40, 14, 1))
+    plain, x = copy.deepcopy(net), torch.randn(2, 4, 5, 5)
+    lokr = LoKr(rank=1, alpha=3.0, on=["0", "1", "2"], factor=factor).attach(net)
+    for parameter in lokr.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    y = net(x)
+    path, first = tmp_path / "folder", tmp_path / "file.safetensors"
+    one = AdapterWeights.of(lokr)
+    if form.startswith("kohya"):
+        write_adapter(one, first, "kohya")
+        one = AdapterWeights.of(load_adapter(first, plain))
+    if form.endswith("peft"):
+        write_adapter(one, path, "peft")
+        theirs = peer("peft").PeftModel.from_pretrained(copy.deepcopy(plain), path).eval()
+        torch.testing.assert_close(theirs(x), y, rtol=1e-5, atol=1e-5)
+    load_adapter(path if form.endswith("peft") else first, plain).attach(plain)
+    torch.testing.assert_close(plain(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_peft_has_no_word_for_factors_by_layer(tmp_path):
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    lokr = LoKr(rank=1, on=["0", "1"], factor={"0": 2, "1": 8}).attach(net)
+    with pytest.raises(ValueError, match="one decompose_factor for all sites"):
+        write_adapter(AdapterWeights.of(lokr), tmp_path / "folder", "peft")
