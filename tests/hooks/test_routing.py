@@ -90,6 +90,11 @@ def test_a_gated_amount_is_in_the_dtype_of_what_it_multiplies():
     [
         (Conditioning(gates={"c": torch.ones(2)}), None, "no mixin of that name is attached.*Attached: [ab], [ab]"),
         (Conditioning(gates={"a": torch.ones(2, 1)}), None, "one number per row"),
+        (
+            Conditioning(gates={"a": torch.ones(2, 2)}, partners=torch.tensor([[1, -1], [0, -1]])),
+            None,
+            r"one number per row, \(2,\); it is \(2, 2\)",
+        ),
         (Conditioning(gates={"a": torch.ones(2)}, partners=torch.tensor([0])), None, "row 1 has none"),
         (Conditioning(gates={"a": torch.ones(2)}), 4, r"gate of 'a' must hold one number per row, \(4,\)"),
     ],

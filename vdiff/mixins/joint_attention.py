@@ -113,6 +113,8 @@ class JointAttentionPart(Part):
         names: Of the arguments of the host's ``forward``.
     """
 
+    weighs_partners = True
+
     def __init__(
         self,
         width: int,
