@@ -55,8 +55,8 @@ class Snapshot:
                 )
             if any(part.merged is not before for part, before in zip(port.values(), merged, strict=True)):
                 raise RuntimeError(
-                    f"Between forward and backward mixins of a module ({', '.join(names)}) were merged or unmerged. The "
-                    "gradient would be wrong. Do it after backward."
+                    f"Between forward and backward mixins of a module ({', '.join(names)}) were merged or unmerged. "
+                    "The gradient would be wrong. Do it after backward."
                 )
         self.after = [([_state(part) for part in port.values()], port.witness) for port, _, _ in self.states]
         for port, states, _ in self.states:
