@@ -11,7 +11,7 @@ from torch import nn
 from vdiff.checkpoints import WeightFileError, read_metadata, read_weights, save_weights
 from vdiff.checkpoints.diffusers_names import to_diffusers, to_ldm
 from vdiff.cli import main
-from vdiff.mixins import DoRA, LoHa, LoKr, LoRA, load_adapter, load_mixin
+from vdiff.mixins import DoRA, JointAttention, LoHa, LoKr, LoRA, load_adapter, load_mixin
 from vdiff.mixins.formats import (
     AdapterWeights,
     format_of,
@@ -336,6 +336,22 @@ def _only(folder, one, leaf):
     (site,) = (site for name, site in one.sites.items() if name.endswith(leaf))
     write_adapter(replace(one, sites={leaf: site}), folder / "one.safetensors", "sat")
     return folder / "one.safetensors"
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_unicon_at_every_attention_of_a_network_comes_back_bit_for_bit(blocks, tmp_path):
+    def fresh():
+        return UNet(1, 1, 8, (1, 2), blocks, (1, 2), num_heads=2, context_dim=6, norm_groups=4)
+
+    net, other = fresh(), fresh()
+    pair = {name: LoRA(rank=2, on="*.attn1.to_[qkv]", name=name).attach(net) for name in ("xy_lora", "yx_lora")}
+    mixins = pair | {"y_lora": LoRA(rank=2, on=["*.attn1.to_q", "*.attn2.to_k"], name="y_lora").attach(net)}
+    mixins["joint_attention"] = JointAttention(own=list(pair)).attach(net)
+    for parameter in (parameter for mixin in mixins.values() for parameter in mixin.parameters()):
+        nn.init.normal_(parameter)
+    unicon.write(unicon.of(mixins, {}, num_res_blocks(module_names(net))), tmp_path)
+    for name, mixin in unicon.mixins(unicon.read(tmp_path), other).items():
+        assert same(mixin.attach(other).state_dict(), mixins[name].state_dict())
 
 
 def test_a_folder_of_unicon_is_read_and_written_as_it_was(tmp_path):
