@@ -266,7 +266,7 @@ def peak(kind, num_rows=8):
 
 
 def run_to_be_counted():
-    for size in (SMALL, BATCH):
+    for size in (SMALL, BATCH, IMAGES):
         with torch.no_grad():
             for name, call in ported(size).items():
                 instructions.run(("port", str(size), name), call, 100)
@@ -285,8 +285,7 @@ def counted_instructions():
         "## Instructions",
         "",
         "Thousands for one call, counted by valgrind's callgrind, which no other work of the machine disturbs. Kernels "
-        f"are the plainest of each library (`{instructions.spelled()}`), so products take more of them than they need "
-        "otherwise, and what surrounds them has a smaller share.",
+        f"are those of AVX2 (`{instructions.spelled()}`).",
     )
     for what, size in dict.fromkeys(key[:2] for key in counts):
         found = {name: n for (*key, name), n in counts.items() if key == [what, size]}

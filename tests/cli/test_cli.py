@@ -110,6 +110,17 @@ def test_inspect_reads_runs_and_files(run, capsys):
     assert "float32" in capsys.readouterr().out
 
 
+def test_describe_says_which_mixin_of_a_run_touches_which_module(run, capsys, tmp_path):
+    mixins = "a: {type: lora, rank: 2, on: '*.qkv'}, b: {type: lora, rank: 3, on: '*middle_block.*.qkv'}"
+    (tmp_path / "config.yaml").write_text(f"base: {run / 'config.yaml'}\nengine:\n  mixins: {{{mixins}}}\n")
+    assert main(["describe", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(" a (LinearLoRAPart" in line or " a (LoRAPart" in line for line in lines) and len(lines) > 1
+    (both,) = (line for line in lines if " -> b (" in line)
+    assert both.startswith("denoiser.network.middle_block.1.")
+    assert main(["describe", str(run)]) == 0 and "nothing is attached" in capsys.readouterr().out
+
+
 def test_a_damaged_checkpoint_is_named(run, capsys, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)

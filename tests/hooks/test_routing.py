@@ -15,11 +15,14 @@ class Plus(Part):
         return output + self.amount(output)
 
 
+class PlusEach(Plus):
+    weighs_partners = True
+
+
 @pytest.fixture
 def net():
     net = nn.Sequential(nn.Identity(), nn.Identity())
-    for site, name in ((net[0], "a"), (net[1], "b")):
-        part = Plus()
+    for site, name, part in ((net[0], "a", Plus()), (net[1], "b", PlusEach())):
         part.mixin_name = name
         insert([("", site, part)], "test")
     return net
@@ -99,9 +102,14 @@ def test_a_gated_amount_is_in_the_dtype_of_what_it_multiplies():
         (Conditioning(gates={"c": torch.ones(2)}), None, "no mixin of that name is attached.*Attached: [ab], [ab]"),
         (Conditioning(gates={"a": torch.ones(2, 1)}), None, "one number per row"),
         (Conditioning(gates={"a": torch.tensor(1.0)}), None, "one number per row"),
+        (
+            Conditioning(gates={"a": torch.ones(2, 2)}, partners=torch.tensor([[1, -1], [0, -1]])),
+            None,
+            r"one number per row, \(2,\); it is \(2, 2\)",
+        ),
         (Conditioning(gates={"a": torch.ones(2)}, partners=torch.tensor([0])), None, "row 1 has none"),
         (
-            Conditioning(gates={"a": torch.ones(2, 3)}, partners=torch.tensor([[1, -1], [0, -1]])),
+            Conditioning(gates={"b": torch.ones(2, 3)}, partners=torch.tensor([[1, -1], [0, -1]])),
             None,
             r"one number per row, \(2,\), or one for each partner, \(2, 2\); it is \(2, 3\)",
         ),

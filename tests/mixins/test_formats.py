@@ -11,7 +11,7 @@ from torch import nn
 from vdiff.checkpoints import WeightFileError, read_metadata, read_weights, save_weights
 from vdiff.checkpoints.diffusers_names import to_diffusers, to_ldm
 from vdiff.cli import main
-from vdiff.mixins import DoRA, LoHa, LoKr, LoRA, load_adapter, load_mixin
+from vdiff.mixins import DoRA, JointAttention, LoHa, LoKr, LoRA, load_adapter, load_mixin
 from vdiff.mixins.formats import (
     AdapterWeights,
     format_of,
@@ -338,6 +338,22 @@ def _only(folder, one, leaf):
     return folder / "one.safetensors"
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_unicon_at_every_attention_of_a_network_comes_back_bit_for_bit(blocks, tmp_path):
+    def fresh():
+        return UNet(1, 1, 8, (1, 2), blocks, (1, 2), num_heads=2, context_dim=6, norm_groups=4)
+
+    net, other = fresh(), fresh()
+    pair = {name: LoRA(rank=2, on="*.attn1.to_[qkv]", name=name).attach(net) for name in ("xy_lora", "yx_lora")}
+    mixins = pair | {"y_lora": LoRA(rank=2, on=["*.attn1.to_q", "*.attn2.to_k"], name="y_lora").attach(net)}
+    mixins["joint_attention"] = JointAttention(own=list(pair)).attach(net)
+    for parameter in (parameter for mixin in mixins.values() for parameter in mixin.parameters()):
+        nn.init.normal_(parameter)
+    unicon.write(unicon.of(mixins, {}, num_res_blocks(module_names(net))), tmp_path)
+    for name, mixin in unicon.mixins(unicon.read(tmp_path), other).items():
+        assert same(mixin.attach(other).state_dict(), mixins[name].state_dict())
+
+
 def test_a_folder_of_unicon_is_read_and_written_as_it_was(tmp_path):
     block = "down_blocks.0.attentions.0.transformer_blocks.0"
     loras = {}
@@ -461,3 +477,34 @@ def test_convert_goes_from_one_format_to_another(tmp_path, capsys):
     assert "rank 2" in capsys.readouterr().out
     again = load_mixin(b)
     assert same(again.state_dict(), lora.state_dict()) and again.host == "UNet" and again.alpha == 1
+
+
+@pytest.mark.parametrize("form", ["peft", "kohya", "kohya to peft"])
+@pytest.mark.parametrize("factor", [-1, 4])
+def test_one_factor_gives_the_kronecker_products_of_all_layers_kernels_apart(factor, form, tmp_path):
+    """A file does not tell a pair's channels from its kernel, and peft has one factor for all layers."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 20, 3, padding=1), nn.Conv2d(20, 40, 3, padding=1), nn.Conv2d(40, 14, 1))
+    plain, x = copy.deepcopy(net), torch.randn(2, 4, 5, 5)
+    lokr = LoKr(rank=1, alpha=3.0, on=["0", "1", "2"], factor=factor).attach(net)
+    for parameter in lokr.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    y = net(x)
+    path, first = tmp_path / "folder", tmp_path / "file.safetensors"
+    one = AdapterWeights.of(lokr)
+    if form.startswith("kohya"):
+        write_adapter(one, first, "kohya")
+        one = AdapterWeights.of(load_adapter(first, plain))
+    if form.endswith("peft"):
+        write_adapter(one, path, "peft")
+        theirs = peer("peft").PeftModel.from_pretrained(copy.deepcopy(plain), path).eval()
+        torch.testing.assert_close(theirs(x), y, rtol=1e-5, atol=1e-5)
+    load_adapter(path if form.endswith("peft") else first, plain).attach(plain)
+    torch.testing.assert_close(plain(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_peft_has_no_word_for_factors_by_layer(tmp_path):
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    lokr = LoKr(rank=1, on=["0", "1"], factor={"0": 2, "1": 8}).attach(net)
+    with pytest.raises(ValueError, match="one decompose_factor for all sites"):
+        write_adapter(AdapterWeights.of(lokr), tmp_path / "folder", "peft")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vdiff.hooks import is_port_key, routed
+from vdiff.hooks import is_port_key, parts, routed
 from vdiff.mixins import JointAttention, LoRA, load_mixin
 from vdiff.networks import DiT, UNet
 from vdiff.networks.modulated import TokenAttention
@@ -214,6 +214,24 @@ def test_mixins_of_the_pair_are_attached_before():
     with pytest.raises(ValueError, match="own names 'pair', and no mixin of that name is attached. Attach it before"):
         JointAttention(own=["pair"]).attach(host)
     assert list(host.state_dict()) == before
+
+
+def test_mixins_of_the_pair_are_not_attached_after_nor_outside():
+    """There they would act in both terms, or in none."""
+    attention = CrossAttention(8, num_heads=2, head_dim=4, role="self_attention")
+    host = nn.Sequential(attention, nn.Linear(8, 8))
+    pair = LoRA(rank=2, on=["0.to_q"], name="pair").attach(host)
+    joint = JointAttention(own=["pair"]).attach(host)
+    pair.detach()
+    with pytest.raises(ValueError, match="'pair' is to act in its term alone. Detach 'joint_attention'"):
+        pair.attach(host)
+    joint.detach()
+    wide = LoRA(rank=2, on=["0.to_q", "1"], name="pair").attach(host)
+    before = list(host.state_dict())
+    with pytest.raises(ValueError, match="'pair' is to act in the joint term alone, and sits outside"):
+        joint.attach(host)
+    assert list(host.state_dict()) == before
+    assert all(part.term == "" for part in parts(host)) and wide.is_attached
 
 
 def test_a_host_that_cannot_be_asked_for_a_row_takes_no_gates_on_its_layers():

@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vdiff.checkpoints import load_into
-from vdiff.hooks import PORT, own
+from vdiff.hooks import PORT, checkpoint, own
 from vdiff.mixins import ControlNet, DoRA, LoHa, LoKr, LoRA
 from vdiff.networks import UNet
 
@@ -150,6 +150,29 @@ def test_training_what_is_merged_is_an_error():
     net.eval().requires_grad_(True)
     net(x.requires_grad_()).sum().backward()  # guidance by a gradient
     assert x.grad.any()
+
+
+def again(lora):
+    lora.unmerge()
+    lora.scale = 0.25
+    lora.merge()
+
+
+@pytest.mark.parametrize("do", [again, LoRA.unmerge])
+def test_merging_between_forward_and_recomputation_is_an_error(do):
+    """The second run would be of other weights."""
+    net, x = chain()
+    net.requires_grad_(False)
+    style = stir(LoRA(rank=2, on="0", name="style").attach(net))
+    for parameter in style.parameters():
+        parameter.requires_grad_(False)
+    stir(LoRA(rank=2, on="1", name="trained").attach(net))
+    style.merge()
+    y = checkpoint(net.forward, x, module=net)
+    do(style)
+    with pytest.raises(RuntimeError, match="merged or unmerged"):
+        y.sum().backward()
+    checkpoint(net.forward, x, module=net).sum().backward()
 
 
 @pytest.mark.parametrize("do", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), lambda net: net.double()])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 import weakref
 
 import pytest
@@ -18,9 +19,10 @@ from vdiff.denoisers import VDenoiser
 from vdiff.engine import DiffusionEngine
 from vdiff.hooks import attached, describe, parts
 from vdiff.losses import DiffusionDPOLoss
-from vdiff.mixins import LoRA, RefModel
+from vdiff.mixins import ControlNet, IPAdapter, LoRA, RefModel
 from vdiff.networks import UNet
 from vdiff.process import Conditioning, CosineSchedule, UniformSigmaSampler
+from vdiff.registry import build
 from vdiff.samplers import EulerSampler
 from vdiff.training import EMA, Checkpointing, Logging, Trainer
 
@@ -366,11 +368,38 @@ def test_with_an_adapter_the_reference_is_the_host_with_that_adapter_alone(polic
     assert tuned.enabled is policy_adds_to_it and not torch.equal(without, alone)
 
 
+def test_what_is_frozen_stays_in_the_reference_where_it_is_named_and_is_warned_of_where_not():
+    """DPO of a LoRA beside a frozen ControlNet and picture: at first both policies are one."""
+    denoiser, (x_t, level, cond) = make().train(), question()
+    denoiser.requires_grad_(False)
+    frozen = [ControlNet(hint_factor=1).attach(denoiser), IPAdapter(embed_dim=5).attach(denoiser)]
+    for parameter in (parameter for mixin in frozen for parameter in mixin.parameters()):
+        nn.init.normal_(parameter, std=0.3).requires_grad_(False)
+    LoRA(rank=2, name="policy").attach(denoiser)
+    hints = {"controlnet": torch.rand(4, 3, 8, 8), "ip_adapter": torch.randn(4, 5)}
+    cond = Conditioning(cond.tensors | hints)
+    ref = RefModel().attach(denoiser)
+    with pytest.warns(UserWarning, match=r"controlnet, ip_adapter: on and not trained.*\[controlnet, ip_adapter\]"):
+        prediction = denoiser(x_t, level, cond)
+    assert not torch.equal(prediction.reference.value, prediction.value)
+    ref.detach()
+    ref = build({"type": "ref_model", "source": "adapter", "adapter": ["controlnet", "ip_adapter"]}, "mixin")
+    ref.attach(denoiser)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prediction = denoiser(x_t, level, cond)
+    assert torch.equal(prediction.reference.value, prediction.value)
+
+
 def test_an_adapter_that_is_missing_or_moves_is_refused():
     denoiser, (x_t, level, cond) = make(), question()
     LoRA(rank=2, name="policy").attach(denoiser)
     ref = RefModel(source="adapter", adapter="sft").attach(denoiser)
     with pytest.raises(ValueError, match="no mixin called 'sft'.*Attached: policy"):
+        denoiser(x_t, level, cond)
+    ref.detach()
+    ref = RefModel(source="adapter", adapter=["policy", "sft"]).attach(denoiser)
+    with pytest.raises(ValueError, match="no mixin called 'sft'"):
         denoiser(x_t, level, cond)
     ref.detach()
     RefModel(source="adapter", adapter="policy").attach(denoiser)
@@ -436,6 +465,7 @@ def test_a_policy_that_would_be_its_own_reference_is_refused():
     [
         ({"source": "elsewhere"}, "source must be one of"),
         ({"source": "adapter"}, "source 'adapter' needs 'adapter'"),
+        ({"source": "adapter", "adapter": []}, "adapter names a mixin, or several"),
         ({"source": "checkpoint"}, "source 'checkpoint' needs 'file'"),
         ({"source": "copy", "file": "a.safetensors"}, "source 'copy' takes no 'file'"),
     ],

@@ -106,8 +106,9 @@ def parser() -> argparse.ArgumentParser:
     names = _command(commands, "list", "registry", "what is registered, of one kind or of all")
     names.add_argument("kind", nargs="?")
 
-    describe = _command(commands, "describe", "registry", "signature, text and paper of an entry")
-    describe.add_argument("entry", help="KIND/NAME, such as sampler/heun")
+    describe = _command(commands, "describe", "registry", "signature, text and paper of an entry; mixins of a run")
+    describe.add_argument("entry", help="KIND/NAME, such as sampler/heun; or RUN: which mixin touches which module")
+    _imports_argument(describe)
 
     inspect = _command(commands, "inspect", "inspection", "what is in a run folder or a weight file")
     inspect.add_argument("path", help="RUN or FILE")

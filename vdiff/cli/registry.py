@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from pathlib import Path
 
-from vdiff.registry import contract, did_you_mean, entries, kind_of, kinds, lookup, signature
+from vdiff.registry import contract, did_you_mean, entries, kind_of, kinds, load_config, lookup, signature
 
 
 def names(arguments: argparse.Namespace) -> int:
@@ -21,7 +22,9 @@ def names(arguments: argparse.Namespace) -> int:
 
 
 def describe(arguments: argparse.Namespace) -> int:
-    """Signature, text and a YAML line of one entry, or the contract of a kind."""
+    """Signature, text and a YAML line of one entry, or the contract of a kind; of a run, which mixin touches what."""
+    if (config := Path(arguments.entry) / "config.yaml").is_file():
+        return _describe_run(config, arguments.allow_imports)
     kind, _, name = arguments.entry.partition("/")
     if kind not in kinds():
         raise ValueError(f"no kind is called {kind!r}.{did_you_mean(kind, kinds())} Kinds: {', '.join(kinds())}.")
@@ -41,6 +44,14 @@ def describe(arguments: argparse.Namespace) -> int:
         print(f"  {parameter.name}: {_annotation(parameter)}{default}")
     required = [p.name for p in parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     print(f"\nin YAML:\n  {kind}: {{type: {entry.name}{''.join(f', {n}: ...' for n in required)}}}")
+    return 0
+
+
+def _describe_run(file: Path, allow_imports: bool) -> int:
+    from vdiff.engine import Engine
+    from vdiff.hooks import describe
+
+    print(describe(Engine.from_config(load_config(file, interpolate=False, allow_imports=allow_imports))))
     return 0
 
 

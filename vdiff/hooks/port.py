@@ -37,6 +37,7 @@ class Part(nn.Module):
         brings: Names of arguments with which it calls its host, where the host was called without.
         replaces: Whether it puts its own value in the place of the host's, rather than adding to it;
             a site takes one such part.
+        weighs_partners: Whether its gate may hold a number for each of P partners.
         unit: What the buffer ``scale`` holds when the mixin's scale is 1 (LoRA: alpha / rank).
         term: The name of the mixin in whose term alone it acts, see :func:`within`; by default it acts
             wherever its host is called in the ordinary way.
@@ -55,6 +56,7 @@ class Part(nn.Module):
     is_innermost: ClassVar[bool] = False
     brings: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
+    weighs_partners: ClassVar[bool] = False
     unit: float = 1.0
     accepts: tuple[str, ...] = ()
     scale: Tensor
@@ -125,9 +127,14 @@ class Part(nn.Module):
         self.scale.fill_(self.strength * self.unit)
 
     @property
+    def merged(self) -> Tensor | None:
+        """The weight in the place of its host's that it is a part of now; None where it is beside the host's own."""
+        return None
+
+    @property
     def is_merged(self) -> bool:
         """Whether it is in the weights of its host now, rather than beside them."""
-        return False
+        return self.merged is not None
 
     def reset_parameters(self) -> None:
         """Start again, as after ``to_empty``. Parts with weights draw them here and call ``super()``."""

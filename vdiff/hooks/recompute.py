@@ -41,16 +41,22 @@ class Snapshot:
 
     def __init__(self, ports: list[Port]) -> None:
         self.states = [(port, [_state(part, copy=True) for part in port.values()], list(port)) for port in ports]
+        self.merged = [[part.merged for part in port.values()] for port in ports]
 
     def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         return nullcontext(), self
 
     def __enter__(self) -> Snapshot:
-        for port, _, names in self.states:
+        for (port, _, names), merged in zip(self.states, self.merged, strict=True):
             if list(port) != names:
                 raise RuntimeError(
                     f"Between forward and backward the mixins of a module changed from {names} to {list(port)}. "
                     "Attach and detach after backward."
+                )
+            if any(part.merged is not before for part, before in zip(port.values(), merged, strict=True)):
+                raise RuntimeError(
+                    f"Between forward and backward mixins of a module ({', '.join(names)}) were merged or unmerged. "
+                    "The gradient would be wrong. Do it after backward."
                 )
         self.after = [([_state(part) for part in port.values()], port.witness) for port, _, _ in self.states]
         for port, states, _ in self.states:

@@ -48,8 +48,9 @@ class routed:
         several = None if self.partners is None or self.partners.ndim == 1 else self.partners.shape[1]
         for name, gate in self.gates.items():
             rows = len(gate) if rows is None and gate.ndim else rows
-            if tuple(gate.shape) != (rows,) and (several is None or tuple(gate.shape) != (rows, several)):
-                each = "" if several is None else f", or one for each partner, ({rows}, {several})"
+            is_each = several is not None and all(p.weighs_partners for p in self.parts if p.mixin_name == name)
+            if tuple(gate.shape) != (rows,) and not (is_each and tuple(gate.shape) == (rows, several)):
+                each = f", or one for each partner, ({rows}, {several})" if is_each else ""
                 raise ValueError(
                     f"the gate of {name!r} must hold one number per row, ({rows},){each}; it is {tuple(gate.shape)}."
                 )

@@ -112,7 +112,13 @@ class Mixin(Registered, kind="mixin"):
         name = name or self.name
         if self.is_attached:
             raise ValueError(f"{who}: {self.name!r} is attached to a {self.host} already; detach it first.")
-        if any(part.mixin_name == name for part in parts(root)):
+        there = parts(root)  # a mixin may own others by their names: in its term they act alone, see JointAttention
+        if owner := next((part.mixin_name for part in there if name in getattr(part.mixin, "own", ())), None):
+            raise ValueError(
+                f"{who}: {owner!r} is attached, and {name!r} is to act in its term alone. Detach {owner!r}, and attach "
+                f"it again after {name!r}."
+            )
+        if any(part.mixin_name == name for part in there):
             raise ValueError(
                 f"{who}: a mixin called {name!r} is attached to this {family}. Give this one another name."
             )

@@ -32,9 +32,9 @@ class Companion(Mixin, abstract=True):
 
     - ``mixins_off``: the denoiser itself with every mixin below it off. No second copy of the weights; right where
       only mixins are trained.
-    - ``adapter``: the denoiser with the mixin ``adapter`` on and all others off: the way from an adapter that
-      was fine-tuned first. It must not be trained. Meanwhile the denoiser is as it is set: with it on, if the trained
-      mixin adds to it; with it off, if that began as its copy.
+    - ``adapter``: the denoiser with the mixin ``adapter`` on, or those of a list, and all others off: the way from an
+      adapter that was fine-tuned first, and beside a frozen ControlNet. They must not be trained. Meanwhile the
+      denoiser is as it is set: with it on, if the trained mixin adds to it; with it off, if that began as its copy.
     - ``copy``: a frozen copy of the denoiser with what is attached below it, made by :meth:`begin`; for training the
       whole network. A trainer makes it of the weights the run starts from, in a resumed run too; by hand it
       is made at the first call, unless :meth:`begin` was called before.
@@ -47,7 +47,7 @@ class Companion(Mixin, abstract=True):
 
     Args:
         source: See above.
-        adapter: Name of the mixin, for ``adapter``.
+        adapter: Name of the mixin, or names of several, for ``adapter``.
         file: For ``checkpoint``: a weight file, or a run or checkpoint folder of vdiff.
         weights: Of such a folder, ``ema`` or ``raw``.
         sha256: Of the file, or of the folder's manifest. It is looked at if given and recorded if not.
@@ -61,7 +61,7 @@ class Companion(Mixin, abstract=True):
     words: ClassVar[tuple[str, str]]
 
     def __init__(
-        self, source: Source, adapter: str | None, file: Path | None, weights: Literal["ema", "raw"],
+        self, source: Source, adapter: str | list[str] | None, file: Path | None, weights: Literal["ema", "raw"],
         sha256: str | None, on: On, name: str | None,
     ) -> None:  # fmt: skip
         super().__init__(on, name)
@@ -72,6 +72,8 @@ class Companion(Mixin, abstract=True):
             if (value is None) == (source == owner):
                 verb = "needs" if source == owner else "takes no"
                 raise ValueError(f"{who}: source {source!r} {verb} {key!r}.")
+        if adapter is not None and not adapter:
+            raise ValueError(f"{who}: adapter names a mixin, or several; got {adapter!r}.")
         self.source: Source = source
         self.adapter = adapter
         self.file = None if file is None else Path(file)
@@ -84,7 +86,8 @@ class Companion(Mixin, abstract=True):
 
     def part(self, module: nn.Module, site: str) -> CompanionPart:
         part = self.companion_part()
-        part.source, part.adapter, part.words = self.source, self.adapter, (type(self).__name__, *self.words)
+        part.source, part.words = self.source, (type(self).__name__, *self.words)
+        part.adapters = (self.adapter,) if isinstance(self.adapter, str) else tuple(self.adapter or ())
         if self.file is not None:
             part.hold(self._loaded(module, site))
         return part
@@ -133,7 +136,7 @@ class CompanionPart(Part):
 
     is_outermost = True
     source: Source
-    adapter: str | None
+    adapters: tuple[str, ...]
     words: tuple[str, str, str]  # the mixin's class, the companion, the model that is trained
 
     def __init__(self) -> None:
@@ -161,7 +164,7 @@ class CompanionPart(Part):
         """What to call, without gradient; not the module itself, so that hooks of the denoiser stay out of it."""
         with torch.no_grad():
             if self.source in ("mixins_off", "adapter"):
-                with only(module, lambda part: part.mixin_name == self.adapter):
+                with only(module, lambda part: part.mixin_name in self.adapters):
                     yield module.forward
                 return
             companion = self.companion or self.hold(_copied(module, self))
@@ -207,25 +210,34 @@ class CompanionPart(Part):
         """The companion is the denoiser itself, with some of its mixins off."""
         who, noun, trained = self.words
         others = [part for part in parts(module) if part is not self]
+        with_weights = {part.mixin_name for part in others if part.enabled and any(True for _ in part.parameters())}
+        trained_names = {part.mixin_name for part in others if any(p.requires_grad for p in part.parameters())}
         merged = next((part.mixin_name for part in others if part.is_merged), None)
         if merged is not None:
             raise ValueError(f"{who}: {merged!r} is merged into the weights, so it cannot be off. Unmerge it first.")
         if self.source == "adapter":
-            mine = [part for part in others if part.mixin_name == self.adapter]
-            known = ", ".join(dict.fromkeys(part.mixin_name for part in others)) or "none"
-            if not mine:
+            names = list(dict.fromkeys(part.mixin_name for part in others))
+            known = ", ".join(names) or "none"
+            if missing := [name for name in self.adapters if name not in names]:
                 raise ValueError(
-                    f"{who}: no mixin called {self.adapter!r} is attached below the denoiser. Attached: {known}."
+                    f"{who}: no mixin called {missing[0]!r} is attached below the denoiser. Attached: {known}."
                 )
-            if any(p.requires_grad for part in mine for p in part.parameters()):
+            if moved := [name for name in self.adapters if name in trained_names]:
                 raise ValueError(
-                    f"{who}: the adapter {self.adapter!r} is itself trained, so the {noun} would move with the "
+                    f"{who}: the adapter {moved[0]!r} is itself trained, so the {noun} would move with the "
                     f"{trained}. Freeze it (train: only another mixin, or requires_grad_(False)). Attached: {known}."
                 )
-        elif not any(part.enabled and any(True for _ in part.parameters()) for part in others):
+        elif not with_weights:
             raise ValueError(
                 f"{who}: no other mixin is on below the denoiser, so with mixins off the {noun} is the {trained} "
                 "itself. To train the network's own weights, use source: copy (or checkpoint)."
+            )
+        if left := sorted(with_weights - trained_names - set(self.adapters)):
+            kept = ", ".join((*self.adapters, *left))
+            warnings.warn(
+                f"{who}: {', '.join(left)}: on and not trained, and the {noun} is without, so that it differs from the "
+                f"{trained} by more than what is trained. To have it there: source: adapter, adapter: [{kept}].",
+                stacklevel=2,
             )
         moving = [n for n, p in module.named_parameters() if p.requires_grad and not is_port_key(n)]
         if moving:
@@ -239,7 +251,7 @@ class CompanionPart(Part):
         mixin = self.mixin
         if self.source == "checkpoint" and isinstance(mixin, Companion):
             return f"{mixin.file}, sha256 {str(mixin.sha256)[:12]}..."
-        return f"adapter {self.adapter}" if self.adapter else self.source
+        return f"adapter {', '.join(self.adapters)}" if self.adapters else self.source
 
 
 @contextmanager

@@ -78,7 +78,7 @@ class JointAttention(Mixin):
         """See :meth:`Mixin.attach`.
 
         Raises:
-            ValueError: also, a mixin in ``own`` that is not attached yet.
+            ValueError: also, a mixin in ``own`` that is not attached yet, or sits elsewhere besides.
         """
         super().attach(root, name)
         there = parts(root)
@@ -90,6 +90,14 @@ class JointAttention(Mixin):
                 f"{self.name!r}. Attached: {', '.join(sorted(known - {self.name})) or 'none'}."
             )
         self._owned = [part for part in there if part.mixin_name in self.own]
+        inside = {part for module, _ in self._sites.values() for part in parts(module)}
+        if idle := next((part.mixin_name for part in self._owned if part not in inside), None):
+            self._owned = []
+            self.detach()
+            raise ValueError(
+                f"JointAttention: {idle!r} is to act in the joint term alone, and sits outside of {self.name!r} too, "
+                "where it would never act. Narrow its `on` to layers of the attention that is joined."
+            )
         for part in self._owned:
             part.term = self.name
         return self
@@ -112,6 +120,8 @@ class JointAttentionPart(Part):
         has_own: Whether the joint term has mixins of its own.
         names: Of the arguments of the host's ``forward``.
     """
+
+    weighs_partners = True
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ class RefModel(Companion):
     def __init__(
         self,
         source: Source = "mixins_off",
-        adapter: str | None = None,
+        adapter: str | list[str] | None = None,
         file: Path | None = None,
         weights: Literal["ema", "raw"] = "ema",
         sha256: str | None = None,

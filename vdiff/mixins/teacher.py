@@ -53,7 +53,7 @@ class Teacher(Companion):
     def __init__(
         self,
         source: Source = "copy",
-        adapter: str | None = None,
+        adapter: str | list[str] | None = None,
         file: Path | None = None,
         weights: Literal["ema", "raw"] = "ema",
         sha256: str | None = None,

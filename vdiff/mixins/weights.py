@@ -197,8 +197,8 @@ class WeightPart(Part):
     # Merging -------------------------------------------------------------------------------------
 
     @property
-    def is_merged(self) -> bool:
-        return self.merged_into is not None
+    def merged(self) -> Tensor | None:
+        return None if self.merged_into is None else self._host[0].weight  # type: ignore[return-value]
 
     def merge(self, module: nn.Module) -> None:
         _merge(module, [*_merged_at(module), self])

@@ -107,7 +107,7 @@ class AdapterWeights:
         if self.kind in ("loha", "lokr"):
             arguments["tucker"] = any("_t" in leaf for site in self.sites.values() for leaf in site.tensors)
         if self.kind == "lokr":
-            arguments["factor"] = _by_site({s: _factor(s, site.tensors) for s, site in self.sites.items()})
+            arguments["factor"] = factors(self.sites)
             arguments["decompose_both"] = any("lokr_w1_a" in site.tensors for site in self.sites.values())
         mixin = build({"type": self.kind, **arguments, **({"name": name} if name else {})}, "mixin", "adapter")
         mixin.host = self.host
@@ -173,6 +173,7 @@ class AdapterWeights:
         return replace(self, sites=sites, options={k: v for k, v in self.options.items() if k != "init"})
 
 
+VOLUMES = (1, 3, 9, 25, 27, 49)  # of kernels, which files do not tell from channels where the second factor is a pair
 _TAKES = {"lora": ("rslora", "dropout", "init"), "dora": ("rslora", "dropout"), "loha": (), "lokr": ()}
 
 
@@ -182,21 +183,56 @@ def _by_site(values: Mapping[str, Any]) -> Any:
     return next(iter(kinds)) if len(kinds) == 1 else dict(values)
 
 
-def _factor(name: str, tensors: Mapping[str, Tensor]) -> int:
-    """The ``factor`` that gives these shapes."""
-    o1 = len(tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"])
-    i1 = (tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_b"]).shape[1]
+def factors(sites: Mapping[str, Site]) -> int | dict[str, int]:
+    """The ``factor`` of LoKr that gives these shapes: one number if one will do for all sites.
+
+    Raises:
+        WeightFileError: a site for which there is none.
+    """
+    shapes = {name: _kronecker(site.tensors) for name, site in sites.items()}
+    one = _factor(shapes.values())
+    if one is not None:
+        return one
+    found: dict[str, int] = {}
+    for name, sizes in shapes.items():
+        factor = _factor([sizes])
+        if factor is None:
+            raise WeightFileError(
+                f"{name}: no `factor` gives the shapes of its Kronecker factors, {sizes[0]} and {sizes[1]}."
+            )
+        found[name] = factor
+    return found
+
+
+Kronecker = tuple[tuple[int, int], tuple[int, int], bool]
+
+
+def _kronecker(tensors: Mapping[str, Tensor]) -> Kronecker:
+    """Both factors' sizes, outputs and inputs, and whether the second's inputs may have a kernel in them."""
+    w1 = (
+        tensors["lokr_w1"].shape if "lokr_w1" in tensors else (len(tensors["lokr_w1_a"]), tensors["lokr_w1_b"].shape[1])
+    )
     if "lokr_w2" in tensors:
-        o2, i2 = tensors["lokr_w2"].shape[:2]
+        w2 = tensors["lokr_w2"].shape[:2]
     elif "lokr_t2" in tensors:
-        o2, i2 = tensors["lokr_w2_a"].shape[1], tensors["lokr_w2_b"].shape[1]
+        w2 = (tensors["lokr_w2_a"].shape[1], tensors["lokr_w2_b"].shape[1])
     else:
-        o2, i2 = len(tensors["lokr_w2_a"]), tensors["lokr_w2_b"].shape[1]
-    for factor in (-1, o1, i1):
-        if factorization(o1 * o2, factor)[0] == o1 and factorization(i1 * i2, factor)[0] == i1:
-            return factor
-    raise WeightFileError(
-        f"{name}: no `factor` gives the shapes of its Kronecker factors, ({o1}, {i1}) and ({o2}, {i2})."
+        return (w1[0], w1[1]), (len(tensors["lokr_w2_a"]), tensors["lokr_w2_b"].shape[1]), True
+    return (w1[0], w1[1]), (w2[0], w2[1]), False
+
+
+def _factor(shapes: Iterable[Kronecker]) -> int | None:
+    """The ``factor`` that gives all these shapes. It is at least the largest first factor, if not -1."""
+    shapes = set(shapes)
+    least = max(max(w1) for w1, _, _ in shapes)
+    most = max(w1[i] * w2[i] for w1, w2, _ in shapes for i in (0, 1))
+    return next((f for f in (-1, *range(least, most + 1)) if all(_gives(f, *sizes) for sizes in shapes)), None)
+
+
+def _gives(factor: int, w1: tuple[int, int], w2: tuple[int, int], has_kernel: bool) -> bool:
+    inputs = [w1[1] * w2[1] // volume for volume in VOLUMES if has_kernel and w2[1] % volume == 0]
+    return factorization(w1[0] * w2[0], factor)[0] == w1[0] and any(
+        factorization(size, factor)[0] == w1[1] for size in inputs or [w1[1] * w2[1]]
     )
 
 

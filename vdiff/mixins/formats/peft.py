@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from vdiff.checkpoints import WeightFileError, read_weights, save_weights
-from vdiff.mixins.formats.adapter_weights import AdapterWeights, Site
+from vdiff.mixins.formats.adapter_weights import AdapterWeights, Site, factors
 from vdiff.mixins.formats.leaves import FUSE, LEAVES, commonest, kind_of, sites_of
 from vdiff.mixins.formats.towers import BEGIN, in_files
 
@@ -145,8 +145,12 @@ def config(one: AdapterWeights) -> dict[str, Any]:
         }
     said |= {"alpha": alpha, "init_weights": True, "use_effective_conv2d": any("_t" in leaf for leaf in leaves)}
     if one.kind == "lokr":
-        factor = one.options.get("factor", -1)
-        factor = int(commonest(factor.values())) if isinstance(factor, Mapping) else factor
+        factor = factors(one.sites)
+        if not isinstance(factor, int):
+            raise ValueError(
+                f"peft and diffusers have one decompose_factor for all sites, and here it is {factor}. Write kohya, or "
+                "make a file for each."
+            )
         said |= {"decompose_both": "lokr_w1_a" in leaves, "decompose_factor": factor}
     return said
 
