@@ -121,7 +121,7 @@ def report(only, sizes, repeats, with_instructions):
             "",
             "## Instructions",
             "",
-            "Millions for one call, counted by valgrind's callgrind with the plainest kernels of each library "
+            "Millions for one call, counted by valgrind's callgrind with kernels of AVX2 "
             f"(`{instructions.spelled()}`).",
             "",
             *rows(

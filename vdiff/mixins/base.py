@@ -26,7 +26,7 @@ as they are. A mixin of one's own is a constructor that keeps its arguments unde
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -52,6 +52,7 @@ class Mixin(Registered, kind="mixin"):
     Attributes:
         host: Class name of what it is attached to, was attached to or was saved from; None if new. A mixin
             goes on another family only after ``mixin.host = None``.
+        own: Names of mixins that act in its term alone (see :func:`vdiff.hooks.within`); they are attached before it.
 
     The host is the innermost of the library's modules (a network, an embedder, a first stage) that holds every site,
     or else the module given to :meth:`attach`. Sites are named from there, so that an adapter trained in an engine
@@ -59,6 +60,7 @@ class Mixin(Registered, kind="mixin"):
     """
 
     host: str | None = None
+    own: Sequence[str] = ()
 
     def __init__(self, on: On, name: str | None = None, scale: float = 1.0) -> None:
         self.on = on
@@ -112,16 +114,16 @@ class Mixin(Registered, kind="mixin"):
         name = name or self.name
         if self.is_attached:
             raise ValueError(f"{who}: {self.name!r} is attached to a {self.host} already; detach it first.")
-        there = parts(root)  # a mixin may own others by their names: in its term they act alone, see JointAttention
-        if owner := next((part.mixin_name for part in there if name in getattr(part.mixin, "own", ())), None):
-            raise ValueError(
-                f"{who}: {owner!r} is attached, and {name!r} is to act in its term alone. Detach {owner!r}, and attach "
-                f"it again after {name!r}."
-            )
-        if any(part.mixin_name == name for part in there):
-            raise ValueError(
-                f"{who}: a mixin called {name!r} is attached to this {family}. Give this one another name."
-            )
+        for part in parts(root):
+            if part.mixin_name == name:
+                raise ValueError(
+                    f"{who}: a mixin called {name!r} is attached to this {family}. Give this one another name."
+                )
+            if part.mixin is not None and name in part.mixin.own:
+                raise ValueError(
+                    f"{who}: {part.mixin_name!r} is attached, and {name!r} is to act in its term alone. Detach "
+                    f"{part.mixin_name!r}, and attach it again after {name!r}."
+                )
         _refuse_wrapped(root, who)
         named, host = self._named(root, who, name)
         sites = {site: (module, self.part(module, full)) for site, (full, module) in named.items()}
