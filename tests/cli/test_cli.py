@@ -118,6 +118,7 @@ def test_describe_says_which_mixin_of_a_run_touches_which_module(run, capsys, tm
     assert all(" a (LinearLoRAPart" in line or " a (LoRAPart" in line for line in lines) and len(lines) > 1
     (both,) = (line for line in lines if " -> b (" in line)
     assert both.startswith("denoiser.network.middle_block.1.")
+    assert main(["describe", str(tmp_path / "config.yaml")]) == 0 and capsys.readouterr().out.splitlines() == lines
     assert main(["describe", str(run)]) == 0 and "nothing is attached" in capsys.readouterr().out
 
 

@@ -18,6 +18,7 @@ from vdiff.checkpoints import (
     open_weights,
     recognise,
 )
+from vdiff.cli.runs import run_config
 from vdiff.hooks import attached
 from vdiff.mixins import Mixin, load_mixin
 from vdiff.mixins.formats import (
@@ -141,16 +142,13 @@ def _host(said: str, allow_imports: bool) -> nn.Module:
     """A network without weights, for its names."""
     from vdiff.engine import Engine
     from vdiff.networks import UNet
-    from vdiff.registry import load_config
 
     with torch.device("meta"):
         if said in HOSTS:
             return UNet(4, 4, 320, **HOSTS[said])
-        path = Path(said)
-        file = path / "config.yaml" if path.is_dir() else path
-        if not file.is_file():
+        if not Path(said).exists():
             raise FileNotFoundError(f"--host {said}: a run, a run file, or one of {', '.join(HOSTS)}.")
-        config = load_config(file, allow_imports=allow_imports)
+        config = run_config(said, allow_imports)
         engine = config.get("engine", config)
         if "denoiser" in engine:
             return build(engine["denoiser"]["network"], "network", "engine.denoiser.network")

@@ -107,7 +107,9 @@ def parser() -> argparse.ArgumentParser:
     names.add_argument("kind", nargs="?")
 
     describe = _command(commands, "describe", "registry", "signature, text and paper of an entry; mixins of a run")
-    describe.add_argument("entry", help="KIND/NAME, such as sampler/heun; or RUN: which mixin touches which module")
+    describe.add_argument(
+        "entry", help="KIND/NAME, such as sampler/heun; or a run, or its file: which mixin touches which module"
+    )
     _imports_argument(describe)
 
     inspect = _command(commands, "inspect", "inspection", "what is in a run folder or a weight file")

@@ -25,7 +25,7 @@ from vdiff.checkpoints import (
     verify,
 )
 from vdiff.checkpoints.recognition import described
-from vdiff.registry import load_config
+from vdiff.cli.runs import run_config
 
 OPTIONAL = {
     "open_clip_torch": "text and image towers",
@@ -82,7 +82,7 @@ def _compare(tensors: dict[str, Tensor], arguments: argparse.Namespace) -> int:
     from vdiff.checkpoints import KeyMapError, MismatchError, WeightSource, check_published, is_by_others, load_into
     from vdiff.engine import DiffusionEngine
 
-    config = load_config(arguments.against, allow_imports=arguments.allow_imports)
+    config = run_config(arguments.against, arguments.allow_imports)
     with torch.device("meta"):
         engine = DiffusionEngine.from_config(config)
     where = f"{arguments.path} against {arguments.against}{f' ({arguments.slot})' if arguments.slot else ''}"
@@ -100,19 +100,18 @@ def _compare(tensors: dict[str, Tensor], arguments: argparse.Namespace) -> int:
 
 def _inspect_run(run: Path, allow_imports: bool) -> dict[str, Tensor]:
     """Says what is in a run folder; the weights of its last checkpoint."""
-    from vdiff.engine import DiffusionEngine
+    from vdiff.engine import Engine
     from vdiff.hooks import describe
 
     root = run / "checkpoints"
     for step in sorted(steps(root)):
         problems = verify(root / f"step-{step:08d}")
         print(f"step {step}: {'; '.join(problems) if problems else 'valid'}")
-    config = load_config(run / "config.yaml", interpolate=False, allow_imports=allow_imports)
-    engine = DiffusionEngine.from_config(config)
+    with torch.device("meta"):
+        engine = Engine.from_config(run_config(run, allow_imports))
     for slot, module in engine.named_children():
         print(f"{slot}: {type(module).__name__}, {sum(p.numel() for p in module.parameters()):,} parameters")
-    touched = describe(engine)
-    print(touched if touched else "no mixins")
+    print(describe(engine))
     return read_weights(find_checkpoint(run) / "model.safetensors")
 
 

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vdiff.cli.runs import run_config
 from vdiff.evaluation import num_calls, plot_levels, plot_runs, plot_schedules, plot_solvers
-from vdiff.registry import Config, build, load_config, signature
+from vdiff.registry import Config, build, signature
 from vdiff.samplers import Sampler
 from vdiff.training import read_log
 
@@ -81,8 +82,7 @@ def _by_calls(name: str) -> dict[int, Sampler]:
 
 
 def _engine(word: str, arguments: argparse.Namespace) -> Config:
-    file = Path(word) / "config.yaml" if Path(word).is_dir() else Path(word)
-    return load_config(file, interpolate=file.name != "config.yaml", allow_imports=arguments.allow_imports)["engine"]
+    return run_config(word, arguments.allow_imports)["engine"]
 
 
 def _save(figure: Any, out: str) -> int:  # noqa: ANN401

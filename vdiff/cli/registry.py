@@ -6,7 +6,10 @@ import argparse
 import inspect
 from pathlib import Path
 
-from vdiff.registry import contract, did_you_mean, entries, kind_of, kinds, load_config, lookup, signature
+import torch
+
+from vdiff.cli.runs import run_config
+from vdiff.registry import contract, did_you_mean, entries, kind_of, kinds, lookup, signature
 
 
 def names(arguments: argparse.Namespace) -> int:
@@ -23,9 +26,9 @@ def names(arguments: argparse.Namespace) -> int:
 
 def describe(arguments: argparse.Namespace) -> int:
     """Signature, text and a YAML line of one entry, or the contract of a kind; of a run, which mixin touches what."""
-    if (config := Path(arguments.entry) / "config.yaml").is_file():
-        return _describe_run(config, arguments.allow_imports)
     kind, _, name = arguments.entry.partition("/")
+    if kind not in kinds() and Path(arguments.entry).exists():
+        return _describe_run(arguments.entry, arguments.allow_imports)
     if kind not in kinds():
         raise ValueError(f"no kind is called {kind!r}.{did_you_mean(kind, kinds())} Kinds: {', '.join(kinds())}.")
     if not name:
@@ -47,11 +50,12 @@ def describe(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _describe_run(file: Path, allow_imports: bool) -> int:
+def _describe_run(word: str, allow_imports: bool) -> int:
     from vdiff.engine import Engine
     from vdiff.hooks import describe
 
-    print(describe(Engine.from_config(load_config(file, interpolate=False, allow_imports=allow_imports))))
+    with torch.device("meta"):  # nothing is computed
+        print(describe(Engine.from_config(run_config(word, allow_imports))))
     return 0
 
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from vdiff.cli.conditions import Fields, asked_fields, cycled, fields_of, negative_fields, numbers, together
 from vdiff.cli.reconstruction import evaluate_autoencoder
+from vdiff.cli.runs import run_config
 from vdiff.data import Dataset
 from vdiff.engine import AutoencoderEngine, DiffusionEngine, Engine
 from vdiff.evaluation import Metric, Reference, Samples, film, grid, save_figures, save_film, save_picture, table
 from vdiff.evaluation import evaluate as measure
 from vdiff.evaluation.videos import FILM_SUFFIXES, import_av
 from vdiff.process import ExplicitDiscretizer
-from vdiff.registry import Config, build, entries, load_config, lookup, signature
+from vdiff.registry import build, entries, lookup, signature
 from vdiff.samplers import CFGGuider, NoneGuider, Sampler
 from vdiff.training import choose_device
 
@@ -72,7 +73,7 @@ def _out(engine: DiffusionEngine, arguments: argparse.Namespace) -> Path:
 def evaluate(arguments: argparse.Namespace) -> int:
     run = Path(arguments.folder)
     engine = load_engine(arguments)
-    config = _config(arguments)
+    config = run_config(arguments.folder, arguments.allow_imports)
     data: dict[str, Dataset] = {name: build(node, "dataset", f"data.{name}") for name, node in config["data"].items()}
     if "validation" not in data:
         raise ValueError(f"{run}: its config has no data.validation to compare with.")
@@ -110,7 +111,8 @@ def load_engine(arguments: argparse.Namespace) -> Engine:
     """The engine of the run; that of a diffusion model with solver and guidance as asked for."""
     weights = arguments.weights
     if weights is None and (Path(arguments.folder) / "config.yaml").is_file():
-        weights = "raw" if _config(arguments).get("training", {}).get("ema") is None else "ema"
+        training = run_config(arguments.folder, arguments.allow_imports).get("training", {})
+        weights = "raw" if training.get("ema") is None else "ema"
     engine = Engine.load(arguments.folder, weights or "ema", arguments.step, arguments.allow_imports)
     engine.to(choose_device(arguments.device))
     if not isinstance(engine, DiffusionEngine):
@@ -120,11 +122,6 @@ def load_engine(arguments: argparse.Namespace) -> Engine:
     if arguments.guidance is not None:
         _guide(engine, arguments.guidance)
     return engine
-
-
-def _config(arguments: argparse.Namespace) -> Config:
-    file = Path(arguments.folder) / "config.yaml"
-    return load_config(file, interpolate=False, allow_imports=arguments.allow_imports)
 
 
 def resampled(sampler: Sampler, solver: str | None, steps: int | None) -> Sampler:
