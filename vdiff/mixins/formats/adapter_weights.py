@@ -209,16 +209,15 @@ Kronecker = tuple[tuple[int, int], tuple[int, int], bool]
 
 def _kronecker(tensors: Mapping[str, Tensor]) -> Kronecker:
     """Both factors' sizes, outputs and inputs, and whether the second's inputs may have a kernel in them."""
-    w1 = (
-        tensors["lokr_w1"].shape if "lokr_w1" in tensors else (len(tensors["lokr_w1_a"]), tensors["lokr_w1_b"].shape[1])
-    )
-    if "lokr_w2" in tensors:
-        w2 = tensors["lokr_w2"].shape[:2]
-    elif "lokr_t2" in tensors:
-        w2 = (tensors["lokr_w2_a"].shape[1], tensors["lokr_w2_b"].shape[1])
-    else:
-        return (w1[0], w1[1]), (len(tensors["lokr_w2_a"]), tensors["lokr_w2_b"].shape[1]), True
-    return (w1[0], w1[1]), (w2[0], w2[1]), False
+
+    def size(factor: str) -> tuple[int, int]:
+        whole, up, down = (tensors.get(f"{factor}{end}") for end in ("", "_a", "_b"))
+        if whole is not None:
+            return whole.shape[0], whole.shape[1]
+        assert up is not None and down is not None
+        return (up.shape[1] if "lokr_t2" in tensors and factor == "lokr_w2" else len(up)), down.shape[1]
+
+    return size("lokr_w1"), size("lokr_w2"), not {"lokr_w2", "lokr_t2"} & tensors.keys()
 
 
 def _factor(shapes: Iterable[Kronecker]) -> int | None:
