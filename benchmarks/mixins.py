@@ -285,7 +285,7 @@ def counted_instructions():
         "## Instructions",
         "",
         "Thousands for one call, counted by valgrind's callgrind, which no other work of the machine disturbs. Kernels "
-        f"are those of AVX2 (`{instructions.spelled()}`).",
+        f"are those of AVX2, inductor's of one number at a time (`{instructions.spelled()}`).",
     )
     for what, size in dict.fromkeys(key[:2] for key in counts):
         found = {name: n for (*key, name), n in counts.items() if key == [what, size]}
