@@ -161,6 +161,11 @@ def test_a_mixin_of_a_run_is_converted_by_its_name(tmp_path, capsys):
     assert same(load_mixin(out).state_dict(), lora.state_dict())
     assert run("convert", folder, tmp_path / "peft", "--mixin", "other", "--to", "peft") == 0
     assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
+    capsys.readouterr()
+    for path, form, host in ((out, "vdiff", "UNet"), (tmp_path / "peft", "peft", "network")):
+        assert run("inspect", path) == 0
+        said = f"adapter, as {form} has it: lora, rank 3, alpha 3, on {len(lora.sites)} modules of a {host}"
+        assert said in capsys.readouterr().out.splitlines()
 
 
 def test_a_published_file_is_held_against_a_config(tmp_path, monkeypatch, capsys):

@@ -54,8 +54,8 @@ def to_diffusers(name: str, num_res_blocks: int = 2) -> str | None:
     where = f"{'down' if is_down else 'up'}_blocks.{level}"
     if is_down and (block == num_res_blocks) != (rest == "op" or (child == 0 and block == num_res_blocks)):
         raise ValueError(
-            f"{name}: not a module of a UNet with {num_res_blocks} residual blocks a level. Say how many it has, "
-            "num_res_blocks=, or which network it is, --host."
+            f"{name}: not a module of a UNet with {num_res_blocks} residual blocks a level. Say which network it is, "
+            "vdiff convert ... --host RUN, or how many it has, num_res_blocks=."
         )
     if is_down and block == num_res_blocks:
         return _join(where, "downsamplers.0", "conv" if rest == "op" else rest)

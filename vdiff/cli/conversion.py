@@ -76,8 +76,7 @@ def convert(arguments: argparse.Namespace) -> int:
         one = one if set(one.sites) <= set(names) else separate(one)
         one = one.placed(names, type(host).__name__, blocks)
     write_adapter(one, out, arguments.to, blocks)
-    ranks = ", ".join(map(str, sorted({site.rank for site in one.sites.values()})))
-    print(f"{out}: {one.kind}, rank {ranks}, on {len(one.sites)} modules of a {one.host or 'network'}")
+    print(f"{out}: {one}")
     return 0
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vdiff.checkpoints import (
     UnknownFamilyError,
+    WeightFileError,
     find_checkpoint,
     open_weights,
     read_metadata,
@@ -26,6 +27,7 @@ from vdiff.checkpoints import (
 )
 from vdiff.checkpoints.recognition import described
 from vdiff.cli.runs import run_config
+from vdiff.mixins.formats import format_of, peft, read_adapters
 
 OPTIONAL = {
     "open_clip_torch": "text and image towers",
@@ -45,10 +47,11 @@ def inspect(arguments: argparse.Namespace) -> int:
     if (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
         tensors = _inspect_run(path, arguments.allow_imports)
     else:
-        tensors = dict(open_weights(path).header)  # names and shapes, no weights
-        for key, value in read_metadata(path).items() if path.suffix == ".safetensors" else ():
+        file = path / peft.WEIGHTS if peft.reads(path) else path
+        tensors = dict(open_weights(file).header)  # names and shapes, no weights
+        for key, value in read_metadata(file).items() if file.suffix == ".safetensors" else ():
             print(f"{key}: {value[:200]}")
-        _say_family(tensors)
+        _say_family(path, tensors)
     census(tensors, arguments.depth)
     if arguments.keys:
         for name, value in tensors.items():
@@ -58,11 +61,12 @@ def inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _say_family(tensors: dict[str, Tensor]) -> None:
+def _say_family(path: Path, tensors: dict[str, Tensor]) -> None:
+    """What a file is of, as a whole or as an adapter."""
     try:
         found = recognise(tensors)
     except UnknownFamilyError:
-        print("family: none that is published and known")
+        print(_adapters(path) or "family: none that is published and known")
         return
     print(f"family: {found.family.name}, in the layout {found.layout}")
     for part in found.parts:
@@ -75,6 +79,15 @@ def _say_family(tensors: dict[str, Tensor]) -> None:
     for reason, names in found.beside.items():
         print(f"  beside: {len(names)} tensors, {reason}")
     print(f"unknown keys: {described(found.unknown) if found.unknown else 'none'}")
+
+
+def _adapters(path: Path) -> str:
+    """The adapters in a file, a line each; nothing where there are none that can be read."""
+    try:
+        form, found = format_of(path), read_adapters(path)
+    except (WeightFileError, ValueError):
+        return ""
+    return "\n".join(f"adapter{f' of {part}' if part else ''}, as {form} has it: {one}" for part, one in found.items())
 
 
 def _compare(tensors: dict[str, Tensor], arguments: argparse.Namespace) -> int:

@@ -57,6 +57,14 @@ class AdapterWeights:
     is_flat: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        rank, alpha = (
+            ", ".join(f"{number:g}" for number in sorted({getattr(site, name) for site in self.sites.values()}))
+            for name in ("rank", "alpha")
+        )
+        where = f"on {len(self.sites)} modules of a {self.host or 'network'}"
+        return f"{self.kind}, rank {rank}, alpha {alpha}, {where}"
+
     # From a mixin and to one ---------------------------------------------------------------------
 
     @classmethod
