@@ -137,6 +137,20 @@ def test_every_fault_of_the_file_is_named_at_once(tmp_path):
         train({"engine": {"type": "diffusion"}}, tmp_path / "out")
 
 
+def test_null_takes_away_what_a_base_names(tmp_path):
+    config(
+        tmp_path, text=TINY.replace("  loss:", "  mixins: {a: {type: lora, on: '*.qkv'}, b: {type: freeu}}\n  loss:")
+    )
+    (tmp_path / "other.yaml").write_text(
+        "base: run.yaml\nengine: {mixins: {a: null}}\ndata: {validation: null}\ntraining: {num_steps: 1}"
+    )
+    result = train(load_config(tmp_path / "other.yaml"), tmp_path / "out")
+    assert result.step == 1 and "validation/loss" not in result.figures
+    assert set(DiffusionEngine.load(tmp_path / "out").mixins) == {"b"}
+    with pytest.raises(ConfigError, match="names no data"):
+        train(config(tmp_path, "data={train: null, validation: null}"), tmp_path / "no")
+
+
 def test_a_data_section_may_be_one_set(tmp_path):
     tree = config(tmp_path, "training.num_steps=1").to_dict()
     tree["data"] = tree["data"]["train"]

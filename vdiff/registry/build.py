@@ -224,6 +224,8 @@ class _Checker:
                 raise _Mismatch
             source = value if isinstance(value, Config) else source
             item = args[1] if len(args) == 2 else Any
+            if kind_of(item) is not None:  # null takes away what a base has
+                value = {k: v for k, v in value.items() if v is not None}
             return {k: self.argument(v, item, f"{path}.{k}", source) for k, v in value.items()}
         if annotation is Path:
             if not isinstance(value, str):

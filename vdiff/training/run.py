@@ -72,11 +72,12 @@ def check_run(config: Config) -> dict[str, Any]:
             node = node.with_(type="loop") if isinstance(node, Config) else {"type": "loop", **node}
         _collect(plans, faults, section, node, kind, section)
     data = config.get("data")
+    if isinstance(data, Mapping):
+        data = {"train": data} if "type" in data else {name: node for name, node in data.items() if node is not None}
     if not isinstance(data, Mapping) or not data:
         faults.append("data: this run file names no data; give data: {train: {type: ...}}.")
         data = {}
-    data = {"train": data} if "type" in data else data
-    if data and "train" not in data:
+    elif "train" not in data:
         faults.append(f"data: there is {', '.join(data)}, and no 'train'.")
     plans["data"] = {}
     for name in data:
