@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from vdiff.data import Digits
+from vdiff.data import Dataset, Digits, Loader
 from vdiff.networks import in_eval
-from vdiff.registry import build
+from vdiff.registry import build, isolated
 from vdiff.training import EMA, Validation
 
 ENGINE = {
@@ -31,6 +31,21 @@ ENGINE = {
         },
     },
 }
+
+with isolated():
+
+    class Groups(Dataset):
+        """Digits as the first of several streams, the others darker and darker."""
+
+        def __init__(self, streams):
+            self.digits, self.streams = Digits("test"), streams
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            row = self.digits[index]
+            return [row | {"image": row["image"] / (s + 1), "stream": s} for s in range(self.streams)]
 
 
 def setting():
@@ -82,6 +97,20 @@ def test_what_is_no_picture_is_not_drawn():
     assert Validation(num_pictures=0).picture(engine, loader, dict) is None
     engine.input_key = "label"
     assert validation.picture(engine, loader, dict) is None
+
+
+@pytest.mark.parametrize(
+    "streams, num_pictures, drawn", [(1, 3, 3), (2, 3, 2), (2, 1, 2), (3, 8, 6), (3, 2, 3), (3, 99, 12)]
+)
+def test_a_picture_has_no_row_without_its_partner(streams, num_pictures, drawn):
+    """As many whole groups as fit, and one at least."""
+    engine = build(ENGINE | {"mixins": {"joint_attention": {"type": "joint_attention"}}}, "engine")
+    shown, pictures = [], engine.pictures
+    engine.pictures = lambda batch, seed: shown.append(batch) or pictures(batch, seed)
+    assert Validation(num_pictures=num_pictures).picture(engine, Loader(Groups(streams), 4), dict) is not None
+    (batch,) = shown
+    assert len(batch["image"]) == len(batch["noise_key"]) == drawn
+    assert streams == 1 or batch["partner"].sort().values.tolist() == list(range(drawn))
 
 
 def test_a_set_smaller_than_a_batch_is_one_batch():

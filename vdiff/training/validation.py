@@ -27,7 +27,8 @@ class Validation:
         every: Steps between validations; the last step is always validated.
         num_batches: Of the size of a training step; fewer if the data has fewer.
         seed: Fixes which examples and which noise, over all steps and runs.
-        num_pictures: Columns of the picture, see :meth:`vdiff.engine.Engine.pictures`; 0 draws none.
+        num_pictures: Columns of the picture, see :meth:`vdiff.engine.Engine.pictures`; 0 draws none. Of joint samples
+            as many whole groups as fit, and one at least.
     """
 
     def __init__(self, every: int = 500, num_batches: int = 4, seed: int = 0, num_pictures: int = 8) -> None:
@@ -96,5 +97,10 @@ class Validation:
 
 
 def _rows(batch: Mapping[str, Any], size: int, num: int) -> dict[str, Any]:
-    """The first rows of a batch."""
+    """The first ``num`` rows of a batch, or fewer, so that none is without its partners; the first group at least."""
+    partner = batch.get("partner")
+    if partner is not None:
+        reach = partner.reshape(size, -1).amax(1).cummax(0).values.tolist()  # how far the first rows' partners go
+        ends = [end for end in range(1, size + 1) if reach[end - 1] < end]
+        num = max((end for end in ends if end <= num), default=ends[0])
     return {k: v[:num] if isinstance(v, Tensor | list) and len(v) == size else v for k, v in batch.items()}
