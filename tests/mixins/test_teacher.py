@@ -1,6 +1,7 @@
 """Few-step training: the target is where the teacher's step leads; the exact consistency function is at home there."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -203,6 +204,39 @@ def test_a_teacher_guides_each_row_by_the_scale_that_the_student_is_told():
     assert not torch.equal(denoiser.forward(x_t, level, both).value, denoiser.forward(x_t, level, cond).value)
     with pytest.raises(ValueError, match="'guidance' has the scale of each row, .B,., and it is missing"):
         denoiser(x_t, level, cond)
+
+
+@pytest.mark.parametrize(
+    "on, is_zero, is_trained, guidance, is_warned",
+    [
+        (["*.to_q"], True, False, "told", True),
+        (["*.to_q", "*.time_cond_proj"], True, False, "told", False),
+        (["*.to_q"], False, False, "told", False),
+        (["*.to_q"], True, True, "told", False),
+        (["*.to_q"], True, False, 2.0, False),
+    ],
+)
+def test_of_a_scale_that_cannot_reach_the_student_one_is_warned_once(on, is_zero, is_trained, guidance, is_warned):
+    denoiser, (x_t, level, cond) = make(guidance_dim=8).requires_grad_(False), question()
+    projection = denoiser.network.time_cond_proj
+    nn.init.constant_(projection.weight, 0.0 if is_zero else 0.1)
+    lora = LoRA(rank=2, on=on).attach(denoiser)
+    Teacher("mixins_off", guidance=guidance).attach(denoiser)
+    projection.requires_grad_(is_trained)
+
+    def ask(scale):
+        told = {"guidance": torch.full((4,), scale)}
+        null = cond.null.with_(tensors={**cond.null.tensors, **told})
+        return denoiser(x_t, level, cond.with_(tensors={**cond.tensors, **told}, null=null)).value
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            ask(2.0).mean().backward()
+    assert sum("the scale does not reach the student" in str(one.message) for one in seen) == is_warned
+    for parameter in lora.parameters():  # as if trained
+        nn.init.normal_(parameter, std=0.3)
+    assert torch.equal(ask(2.0), ask(5.0)) == (is_zero and on == ["*.to_q"])
 
 
 def test_a_student_is_told_scales_that_its_rows_draw():

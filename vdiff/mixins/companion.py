@@ -187,11 +187,15 @@ class CompanionPart(Part):
             )
         is_trained = module.training and torch.is_grad_enabled()
         if is_trained and not self._is_checked and not torch.compiler.is_compiling():
-            self._check_conditions(args[2] if len(args) > 2 else kwargs.get("cond"))
-            if not self._held and self.source != "copy":
-                self._check_mixins(module)
+            self.check(module, args[2] if len(args) > 2 else kwargs.get("cond"))
             self._is_checked = True
         return output
+
+    def check(self, module: nn.Module, cond: Conditioning | None) -> None:
+        """Called once, at the first call that trains."""
+        self._check_conditions(cond)
+        if not self._held and self.source != "copy":
+            self._check_mixins(module)
 
     def _check_conditions(self, cond: Conditioning | None) -> None:
         """The companion is asked with the very conditions of the model that is trained."""

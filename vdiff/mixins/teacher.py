@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vdiff.hooks import On, Part
+from vdiff.hooks import On, Part, parts
 from vdiff.mixins.companion import Companion, CompanionPart, Source, only
 from vdiff.process import Conditioning, LevelPair, NoiseLevel, Prediction, spread
 
@@ -96,6 +97,15 @@ class TeacherPart(CompanionPart):
         prediction = self.checked(module, args, kwargs, output)
         return prediction if target is None else prediction.with_(target=target)
 
+    def check(self, module: nn.Module, cond: Conditioning | None) -> None:
+        super().check(module, cond)
+        if self.guidance is None and (deaf := _deaf(module)):
+            warnings.warn(
+                f"Teacher: the scale does not reach the student: {deaf}, which it is told through, is zero and frozen, "
+                "and no mixin that is on stands at it. Train it, or let the LoRA's `on` include '*.time_cond_proj'.",
+                stacklevel=2,
+            )
+
     @torch.no_grad()
     def _asked(
         self, module: nn.Module, x_t: Tensor, level: NoiseLevel, cond: Conditioning | None = None
@@ -151,6 +161,15 @@ def _told(cond: Conditioning) -> Tensor:
             "Give the conditioner the embedder guidance_scale, and the network guidance_dim."
         )
     return scale
+
+
+def _deaf(module: nn.Module) -> str | None:
+    """The network's projection of the scale, by name, if it says nothing and will not learn to."""
+    for name, layer in module.named_modules():
+        if name.rpartition(".")[2] == "time_cond_proj" and not any(part.enabled for part in parts(layer)):
+            if not any(weight.requires_grad or weight.any() for weight in layer.parameters(recurse=False)):
+                return name
+    return None
 
 
 def _is_students(part: Part) -> bool:
