@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vdiff.conditioners import EmbedderConditioner
 from vdiff.data.collate import collate
 from vdiff.denoisers import Denoiser
 from vdiff.engine import DiffusionEngine
@@ -123,6 +124,16 @@ def test_joint_guidance_is_apart_plus_scale_times_the_difference(batched):
     torch.testing.assert_close(guided, sample_pairs(engine(), num=4, weights=weights), rtol=1e-4, atol=1e-4)
     around = sample_pairs(engine(), num=4, guider=RescaleGuider(guider=JointGuider(scales, guider=inside), phi=0.0))
     torch.testing.assert_close(around, guided)
+
+
+def test_an_engine_whose_gates_know_three_streams_makes_no_two():
+    """In silence the third would be missing, and the second look at the first, which it never did in training."""
+    three = engine(conditioner=EmbedderConditioner(gates={"joint_attention": {"stream": [0, 1, 2]}}))
+    given = torch.zeros(2, 1, 8, 8)
+    for make in (lambda **said: complete(three, {0: given}, **said), lambda **said: sample_pairs(three, num=2, **said)):
+        with pytest.raises(ValueError, match="'joint_attention' knows stream 2, and 2 streams .*: say streams=3"):
+            make()
+        assert make(streams=3).shape == (2, 3, 1, 8, 8)
 
 
 def test_what_does_not_make_groups_is_an_error():

@@ -67,7 +67,7 @@ def sample_pairs(
         engine: With joint attention attached, trained on groups (:class:`~vdiff.data.JointDataset`).
         cond: Batch fields, one entry per group; or a conditioning of all ``B * streams`` rows, partners included.
         num: How many groups, where ``cond`` does not tell.
-        streams: How many rows a group has; each has the next as its partner, around.
+        streams: How many rows a group has, as in training; each has the next as its partner, around.
         weights: How much is heard of the partner: ``(B,)`` by group or ``(B, streams)`` by row; by default 1.
         mixin: Name of the joint attention, which ``weights`` are for.
         seeds: One per group, or the first of consecutive ones. The first stream has the noise that a sample of its own
@@ -198,6 +198,8 @@ def _told(
     mixin: str,
 ) -> Conditioning:
     """The conditions of all rows, with partners."""
+    if not isinstance(cond, Conditioning):
+        _check_streams(engine, streams)
     with in_eval(engine):
         told = engine.conditions(cond if isinstance(cond, Conditioning) else streams_of(cond, streams, num))
     rows = told.num_rows or 0
@@ -216,6 +218,19 @@ def _told(
         )
     by_row = weights if weights.ndim == 2 else weights[:, None].expand(-1, streams)
     return told.gated(rows, **{mixin: by_row.reshape(-1).float().to(engine.device)})
+
+
+def _check_streams(engine: DiffusionEngine, streams: int) -> None:
+    """The gates of the conditioner know some of the streams, so that there are at least so many."""
+    gates: Mapping[str, dict] = getattr(engine.conditioner, "gates", {})
+    for name, rule in gates.items():
+        last = max((value for value in rule.get("stream", ()) if isinstance(value, int)), default=0)
+        if last >= streams:
+            raise ValueError(
+                f"joint sampling: the gate of {name!r} knows stream {last}, and {streams} streams end before it: say "
+                f"streams={last + 1}, or as many as a group of training has. For other groups hand over the conditions "
+                "of all rows."
+            )
 
 
 def _seeds(seeds: int | Sequence[int], rows: int, streams: int) -> list[int]:
