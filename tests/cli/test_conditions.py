@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vdiff.cli import main
-from vdiff.cli.conditions import asked_fields, fields_of
+from vdiff.cli.conditions import asked_fields, cycled, fields_of, numbers
 from vdiff.conditioners import (
     ClassLabelEmbedder,
     Embedder,
@@ -20,7 +20,7 @@ from vdiff.conditioners import (
     OpenCLIPImageEmbedder,
     ScalarFourierEmbedder,
 )
-from vdiff.data import Digits, Framing, MovingDigits, read_picture
+from vdiff.data import Digits, Framing, JointDataset, MovingDigits, SobelMap, read_picture
 from vdiff.engine import DiffusionEngine
 from vdiff.first_stages import AutoencoderKL, IdentityFirstStage
 
@@ -99,9 +99,9 @@ def test_what_is_missing_is_said(run, options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def engine(*embedders, sample_shape=(1, 4, 6), pixel_range=(-1, 1), first_stage=None):
+def engine(*embedders, sample_shape=(1, 4, 6), pixel_range=(-1, 1), first_stage=None, gates=None):
     return SimpleNamespace(
-        conditioner=EmbedderConditioner(embedders),
+        conditioner=EmbedderConditioner(embedders, gates=gates),
         guider=None,
         sample_shape=sample_shape,
         first_stage=first_stage or IdentityFirstStage(pixel_range=pixel_range),
@@ -138,6 +138,38 @@ def test_any_field_is_served():
         asked(*both, field=[("fps", "x")])
     with pytest.raises(ValueError, match="told classes by label, other; say --field label="):
         asked(both[0], ClassLabelEmbedder(10, 4, reads="other"), label=[1])
+
+
+def test_a_field_that_gates_read_is_served_and_is_0_if_not_said():
+    """As the conditioner has it in a batch without the field; a number that no gate names opens none."""
+    told = engine(
+        ClassLabelEmbedder(10, 4), gates={"y": {"stream": [1, 2]}, "x": {"stream": 0}, "ink": {"style": "ink"}}
+    )
+
+    def fields(*said):
+        return asked_fields(told, SimpleNamespace(**ASKED | {"label": [3], "field": list(said)}))
+
+    assert fields() == {"label": [3], "stream": [0], "style": [0]}
+    both = fields(("stream", "1"), ("stream", "5"), ("style", "ink"))
+    assert both == {"label": [3], "stream": [1, 5], "style": ["ink"]}
+    gates = told.conditioner(cycled(both, 2)).gates
+    assert {name: gate.tolist() for name, gate in gates.items()} == {"y": [1, 0], "x": [0, 0], "ink": [1, 1]}
+    assert set(numbers(told, both)) == {"labels", "stream"}
+    with pytest.raises(ValueError, match="--field style=oil: a gate reads ink there, or a whole number for none"):
+        fields(("style", "oil"))
+    with pytest.raises(ValueError, match="--field fps=8: this engine is told label, stream, style, and no 'fps'"):
+        fields(("fps", "8"))
+    read = engine(ClassLabelEmbedder(3, 4, reads="stream"), gates={"y": {"stream": 1}})
+    assert asked_fields(read, SimpleNamespace(**ASKED)) == {"stream": [0, 1, 2]}  # an embedder's, as ever
+
+
+def test_rows_of_data_keep_the_streams_that_gates_read():
+    """Otherwise samples of the first stream alone are held against data of all."""
+    data = [JointDataset(Digits("test"), map=SobelMap())]
+    for embedders in ([], [ClassLabelEmbedder(10, 4)]):
+        fields, labels = fields_of(engine(*embedders, gates={"y": {"stream": 1}, "z": {"other": 1}}), data, 5)
+        assert fields["stream"] == [0, 1, 0, 1, 0] and fields["other"] == [0] * 5
+        assert (labels is None) == (not embedders)
 
 
 def test_a_picture_is_the_centre_of_a_file_in_the_shape_and_the_values_of_samples(tmp_path):

@@ -38,14 +38,17 @@ def asked_fields(engine: DiffusionEngine, arguments: argparse.Namespace) -> Fiel
     for file in arguments.prompts or ():
         prompts += _lines(Path(file))
     words += [(_the(engine, "text", "--prompt"), prompt, "--prompt") for prompt in prompts]
-    readers = {e.reads: e for e in _embedders(engine)}
+    readers, gated = {e.reads: e for e in _embedders(engine)}, _gated(engine)
     fields: Fields = {}
     for field, word, option in words:
-        if field not in readers:
-            raise ValueError(f"{option}: this engine is told {', '.join(readers) or 'nothing'}, and no {field!r}.")
+        if field not in readers and field not in gated:
+            known = ", ".join([*readers, *gated]) or "nothing"
+            raise ValueError(f"{option}: this engine is told {known}, and no {field!r}.")
         try:
-            embedder = readers[field]
-            value = _picture(engine, Path(word)) if _is_picture(engine, field) else embedder.parse(word)
+            if field in gated:
+                value = _gating(word, gated[field])
+            else:
+                value = _picture(engine, Path(word)) if _is_picture(engine, field) else readers[field].parse(word)
             fields.setdefault(field, []).append(value)
         except ValueError as error:
             raise ValueError(f"{option}: {error}") from error
@@ -62,7 +65,7 @@ def asked_fields(engine: DiffusionEngine, arguments: argparse.Namespace) -> Fiel
             )
         ways = " and ".join(_way(engine, readers[field]) for field in missing)
         raise ValueError(f"this engine is also told {', '.join(missing)}; say {ways}.")
-    return {field: fields[field] for field in readers}
+    return {field: fields[field] for field in readers} | {field: fields.get(field, [0]) for field in gated}
 
 
 def negative_fields(engine: DiffusionEngine, prompt: str | None) -> Fields | None:
@@ -77,6 +80,28 @@ def negative_fields(engine: DiffusionEngine, prompt: str | None) -> Fields | Non
 def _embedders(engine: DiffusionEngine) -> list[Embedder]:
     conditioner = engine.conditioner
     return list(conditioner.embedders) if isinstance(conditioner, EmbedderConditioner) else []  # type: ignore[arg-type]
+
+
+def _gated(engine: DiffusionEngine) -> dict[str, list[Any]]:
+    """Fields that gates read and no embedder, with the values they name; where a batch has none of them, it is 0."""
+    conditioner = engine.conditioner
+    fields: dict[str, list[Any]] = {}
+    for rule in conditioner.gates.values() if isinstance(conditioner, EmbedderConditioner) else ():
+        for field, values in rule.items():
+            fields.setdefault(field, []).extend(values)
+    return {field: values for field, values in fields.items() if field not in {e.reads for e in _embedders(engine)}}
+
+
+def _gating(word: str, named: Sequence[Any]) -> Any:
+    """One of the values that gates name, or a number that may be none of them."""
+    for value in named:
+        if word == str(value):
+            return value
+    try:
+        return int(word)
+    except ValueError:
+        known = ", ".join(str(value) for value in dict.fromkeys(named))
+        raise ValueError(f"a gate reads {known} there, or a whole number for none.") from None
 
 
 def _the(engine: DiffusionEngine, noun: str, option: str) -> str:
@@ -143,7 +168,7 @@ def numbers(engine: DiffusionEngine, fields: Fields) -> dict[str, Tensor]:
     """Those of the fields that are numbers; the class of each sample as ``labels``."""
     names = {e.reads: "labels" if isinstance(e, ClassLabelEmbedder) else e.reads for e in _embedders(engine)}
     return {
-        names[field]: torch.as_tensor(values)
+        names.get(field, field): torch.as_tensor(values)
         for field, values in fields.items()
         if not any(isinstance(value, str | Tensor) for value in values)
     }
@@ -152,7 +177,8 @@ def numbers(engine: DiffusionEngine, fields: Fields) -> dict[str, Tensor]:
 def fields_of(engine: DiffusionEngine, data: Sequence[Dataset], num: int) -> tuple[Fields, Tensor | None]:
     """The fields that the engine is told, and the labels, of ``num`` rows of several data sets, from the beginning
     again where they end."""
-    if not _embedders(engine):
+    embedders, gated = _embedders(engine), _gated(engine)
+    if not embedders and not gated:
         return {}, None
     rows: list[Row] = []
     for dataset in data:
@@ -161,8 +187,9 @@ def fields_of(engine: DiffusionEngine, data: Sequence[Dataset], num: int) -> tup
                 group = dataset[i]
                 rows += group if isinstance(group, list) else [group]
     rows = [rows[i % len(rows)] for i in range(num)]
-    labels = torch.tensor([int(row["label"]) for row in rows]) if "label" in rows[0] else None
-    return {e.reads: _column(rows, e.reads, e.default) for e in _embedders(engine)}, labels
+    labels = torch.tensor([int(row["label"]) for row in rows]) if embedders and "label" in rows[0] else None
+    defaults = {e.reads: e.default for e in embedders} | dict.fromkeys(gated, 0)
+    return {field: _column(rows, field, default) for field, default in defaults.items()}, labels
 
 
 def _column(rows: Sequence[Row], field: str, default: Any) -> Any:
