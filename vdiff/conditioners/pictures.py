@@ -80,9 +80,8 @@ class OpenCLIPImageEmbedder(Embedder, name="open_clip_image"):
             raise ValueError(f"OpenCLIPImageEmbedder: pixel_range goes from low to high, got {pixel_range}.")
         self.arch, self.output, self.pixel_range, self.trainable = arch, output, pixel_range, trainable
         self.per_frame, self.resize = per_frame, resize
-        config = architecture(arch, "OpenCLIPImageEmbedder")
-        vision = config["vision_cfg"] if isinstance(arch, str) else config["text_cfg"]
-        self.model = nn.ModuleDict({"visual": _visual(config, vision)})
+        config = architecture(arch, "OpenCLIPImageEmbedder", "vision_cfg")
+        self.model = nn.ModuleDict({"visual": _visual(config, config["vision_cfg"])})
         if output == "penultimate" and len(self.tower.transformer.resblocks) < 2:
             raise ValueError("OpenCLIPImageEmbedder: output 'penultimate' needs a tower of two layers or more.")
         self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
