@@ -44,6 +44,11 @@ class ClassLabelEmbedder(Embedder):
                 f"ClassLabelEmbedder: {self.reads} holds one class per row, (B,), such as [3]; "
                 f"its shape is {tuple(labels.shape)}."
             )
+        if labels.is_floating_point():
+            raise ValueError(
+                f"ClassLabelEmbedder: {self.reads} holds whole numbers, 0 to {self.num_classes - 1}, and {labels.dtype} "
+                f"came. Where they are whole, hand over {self.reads}.long()."
+            )
         # Training waits for no device to look; sampling and validation do, for a wrong index kills a CUDA process.
         is_looked_at = labels.device.type == "cpu" or not torch.is_grad_enabled()
         if is_looked_at and bool(((labels < 0) | (labels >= self.num_classes)).any()):
