@@ -243,6 +243,11 @@ def test_a_picture_of_another_type_or_shape_is_named(wrong, message):
         told(ImageLatentsEmbedder()).sample({"image": wrong})
 
 
+def test_a_picture_of_another_size_is_refused_in_training_too():
+    with pytest.raises(ValueError, match=r"UNet: 'concat' is \(2, 1, 8, 6\) and lies behind x, \(2, 1, 8, 8\)"):
+        told(FieldEmbedder("hint", "concat"))(batch(2, seed=0) | {"hint": PICTURE[..., :6]})
+
+
 def test_a_field_of_another_size_is_named():
     with pytest.raises(ValueError, match=r"'concat', fed by 'hint', is \(2, 1, 8, 6\)"):
         told(FieldEmbedder("hint", "concat")).sample({"hint": PICTURE[..., :6]})
