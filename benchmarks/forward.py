@@ -121,8 +121,8 @@ def report(only, sizes, repeats, with_instructions):
             "",
             "## Instructions",
             "",
-            "Millions for one call, counted by valgrind's callgrind with kernels of AVX2, inductor's "
-            f"of one number at a time (`{instructions.spelled()}`).",
+            "Millions for one call, counted by valgrind's callgrind with the plainest kernels of each library "
+            f"(`{instructions.spelled()}`).",
             "",
             *rows(
                 ["network", "size", "forward", "of diffusers'", "and backward", "of diffusers'"],

@@ -14,20 +14,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Kernels of AVX2, since valgrind knows no later instructions; of one number at a time where inductor writes them, for
-# the compiler would take later ones there.
-SETTINGS = {
-    "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    "TORCHINDUCTOR_CPP_SIMDLEN": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0",
-}  # fmt: skip
+# Valgrind knows no instructions later than AVX2's. Where inductor writes kernels, the compiler would take later ones but
+# for the plainest.
+ALWAYS = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"} | ALWAYS
+PLAIN = {
+    "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+    "TORCHINDUCTOR_CPP_SIMDLEN": "1",
+} | ALWAYS  # fmt: skip
 SEPARATOR, MARK = "\t", "getppid"
 
 
-def count(file, *options):
+def count(file, *options, settings=PLAIN):
     """Instructions of one call, by what :func:`run` called the contender when the script is given these options."""
     with tempfile.TemporaryDirectory() as folder:
         # Compiled code of other settings is not wanted.
-        env = os.environ | SETTINGS | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
+        env = os.environ | settings | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
         command = ["valgrind", "--tool=callgrind", f"--dump-before={MARK}", f"--callgrind-out-file={folder}/%p"]
         command += [sys.executable, file, *options]
         pipe = subprocess.PIPE
@@ -56,9 +58,9 @@ def run(words, call, calls=2):
     print(*words, calls, sep=SEPARATOR, flush=True)
 
 
-def spelled():
+def spelled(settings=PLAIN):
     """The settings, for a report."""
-    return " ".join(f"{name}={value}" for name, value in SETTINGS.items())
+    return " ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def _total(file):

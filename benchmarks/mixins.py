@@ -265,34 +265,40 @@ def peak(kind, num_rows=8):
 # Instructions ------------------------------------------------------------------------------------
 
 
-def run_to_be_counted():
-    for size in (SMALL, BATCH, IMAGES):
-        with torch.no_grad():
-            for name, call in ported(size).items():
-                instructions.run(("port", str(size), name), call, 100)
+def run_to_be_counted(what):
+    if what == "port":
+        for size in (SMALL, BATCH, IMAGES):
+            with torch.no_grad():
+                for name, call in ported(size).items():
+                    instructions.run((f"The port, {size}", name), call, 100)
+        return
     x = SMALL.input()
     for way, made in WAYS.items():
         for name, net in stacks(SMALL).items():
             torch._dynamo.reset()
-            instructions.run((way, str(SMALL), name), made(torch.compile(net, fullgraph=True), x), 100)
+            title = f"LoRA in {DEPTH} layers, compiled, {SMALL}, {way}"
+            instructions.run((title, name), made(torch.compile(net, fullgraph=True), x), 100)
 
 
 def counted_instructions():
     """Tables of thousands of instructions and their ratios."""
-    counts = instructions.count(__file__, "--counted")
     yield from (
         "",
         "## Instructions",
         "",
-        "Thousands for one call, counted by valgrind's callgrind, which no other work of the machine disturbs. Kernels "
-        f"are those of AVX2, inductor's of one number at a time (`{instructions.spelled()}`).",
+        "Thousands for one call, counted by valgrind's callgrind, which no other work of the machine disturbs.",
     )
-    for what, size in dict.fromkeys(key[:2] for key in counts):
-        found = {name: n for (*key, name), n in counts.items() if key == [what, size]}
-        of = next(iter(found))
-        lines = [[name, f"{n / 1e3:.1f}", f"{n / found[of]:.3f}"] for name, n in found.items()]
-        title = f"The port, {size}" if what == "port" else f"LoRA in {DEPTH} layers, compiled, {size}, {what}"
-        yield from ("", f"{title}:", "", *rows(["", "thousands", f"of {of}"], *lines))
+    for what, settings, kernels in (
+        ("port", instructions.AVX2, "Kernels are those of AVX2, the last that valgrind knows"),
+        ("lora", instructions.PLAIN, "What is compiled has the plainest kernels of each library"),
+    ):
+        counts = instructions.count(__file__, "--counted", what, settings=settings)
+        yield from ("", f"{kernels} (`{instructions.spelled(settings)}`).")
+        for title in dict.fromkeys(title for title, _ in counts):
+            found = {name: n for (one, name), n in counts.items() if one == title}
+            of = next(iter(found))
+            lines = [[name, f"{n / 1e3:.1f}", f"{n / found[of]:.3f}"] for name, n in found.items()]
+            yield from ("", f"{title}:", "", *rows(["", "thousands", f"of {of}"], *lines))
 
 
 # Report ------------------------------------------------------------------------------------------
@@ -397,11 +403,11 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--instructions", action="store_true")
-    parser.add_argument("--counted", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--counted", choices=("port", "lora"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.counted:
-        run_to_be_counted()
+        run_to_be_counted(options.counted)
     else:
         text = report(options.repeats, options.backend, options.instructions)
         print(text)

@@ -190,7 +190,8 @@ def test_a_picture_is_the_centre_of_a_file_in_the_shape_and_the_values_of_sample
     assert torch.allclose(bytes_, torch.from_numpy(pixels)[None].float(), atol=1e-4)
     assert torch.equal(colour, told[0].expand(3, 4, 6))
     (tmp_path / "words.png").write_text("no picture")
-    for file, message in {"words.png": "--image: .*words.png: not a picture", "none.png": "no such file"}.items():
+    wrong = {"words.png": "--image: .*words.png: not a picture", "none.png": "no such file", "": "a folder, and not a"}
+    for file, message in wrong.items():
         with pytest.raises(ValueError, match=message):
             asked(ImageLatentsEmbedder(), image=[str(tmp_path / file)])
     with pytest.raises(ValueError, match="--image: this engine is not conditioned on pictures"):

@@ -142,6 +142,10 @@ def test_wrong_batches_and_labels_are_errors():
         made({"fps": torch.ones(2)})
     with pytest.raises(ValueError, match="classes are 0 to 2"):
         made(batch() | {"label": torch.tensor([0, 3])})
+    for halves in ([0.5, 1.0], torch.tensor([0.0, 1.0], dtype=torch.float16)):  # 0.5 would be class 0
+        with pytest.raises(ValueError, match=r"label holds whole numbers, 0 to 2, and torch.float.* label.long\(\)"):
+            made.train()(batch(2) | {"label": halves})
+    made.eval()
     with pytest.raises(ValueError, match="label holds one class per row"):
         made(batch() | {"label": torch.tensor(2)})
     with pytest.raises(ValueError, match="fps holds numbers"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peers import peer, save_tokenizer
 
-from vdiff.conditioners import CLIPTextEmbedder, OpenCLIPTextEmbedder, T5TextEmbedder
+from vdiff.conditioners import CLIPTextEmbedder, OpenCLIPImageEmbedder, OpenCLIPTextEmbedder, T5TextEmbedder
 from vdiff.registry import build
 
 CLIP = dict(
@@ -130,3 +130,22 @@ def test_published_towers_are_built_without_memory(node, count):
 def test_an_unknown_tower_is_an_error():
     with pytest.raises(ValueError, match="no architecture is called 'clip-huge'. Known: clip-vit-large-patch14"):
         CLIPTextEmbedder("clip-huge")
+
+
+@pytest.mark.parametrize(
+    "tower, arch, unknown, near",
+    [
+        (CLIPTextEmbedder, {"width": 32, "heads": 4, "layers": 2}, "'width', 'heads', 'layers'", "num_hidden_layers"),
+        (CLIPTextEmbedder, {**CLIP, "hiden_size": 32}, "'hiden_size'", "Did you mean 'hidden_size'?"),
+        (T5TextEmbedder, {**T5, "d_modle": 32}, "'d_modle'", "Did you mean 'd_model'?"),
+        (OpenCLIPTextEmbedder, {"embed_dim": 8, "hidden_size": 8}, "'hidden_size'", "It takes: embed_dim, .*width"),
+        (OpenCLIPImageEmbedder, {"embed_dim": 8, "widht": 8}, "'widht'", "Did you mean 'width'.*head_width"),
+    ],
+)
+def test_a_name_that_no_tower_reads_is_an_error_that_says_which_are_read(tower, arch, unknown, near):
+    with pytest.raises(ValueError, match=f"{tower.__name__}: arch takes no {unknown}[.].*{near}"):
+        tower(arch)
+
+
+def test_transformers_other_words_for_a_number_of_t5_are_read():
+    assert T5TextEmbedder({**T5, "hidden_size": 16}).tower.config.d_model == 16

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy
 import pytest
 import torch
 
@@ -10,9 +11,9 @@ from vdiff.denoisers import EpsilonDenoiser
 from vdiff.engine import DiffusionEngine
 from vdiff.first_stages import AutoencoderKL, IdentityFirstStage
 from vdiff.losses import MSELoss
-from vdiff.networks import sinusoidal
+from vdiff.networks import UNet, sinusoidal
 from vdiff.process import ScaledLinearSchedule, UniformIndexSigmaSampler
-from vdiff.samplers import DDIMSampler
+from vdiff.samplers import CFGGuider, DDIMSampler
 
 
 def batch(rows=6, **more):
@@ -184,3 +185,79 @@ def test_without_a_first_stage_of_its_own_it_goes_through_the_engines():
     assert torch.equal(made.encode(pixels), pixels)
     engine.conditioner = EmbedderConditioner([later := ImageLatentsEmbedder(noised="nothing")])
     assert torch.equal(later.encode(pixels), pixels)
+
+
+def told(*embedders, **options):
+    """An engine of pictures, told pictures that lie behind the noisy sample."""
+    network = UNet(1 + len(embedders), 1, channels=8, channel_mult=(1,), num_res_blocks=1, attention_factors=(),
+                   norm_groups=4, num_heads=1)  # fmt: skip
+    return DiffusionEngine(
+        "image", EpsilonDenoiser(network), ScaledLinearSchedule(), UniformIndexSigmaSampler(), MSELoss(),
+        DDIMSampler(2), EmbedderConditioner(embedders), guider=CFGGuider(2.0), sample_shape=(1, 8, 8), **options,
+    )  # fmt: skip
+
+
+PICTURE = torch.linspace(-1, 1, 128).view(2, 1, 8, 8)
+NAN = torch.where(PICTURE > 0.99, torch.nan, PICTURE)
+
+
+@pytest.mark.parametrize("made", [ImageLatentsEmbedder(), FieldEmbedder("image", "concat")])
+@pytest.mark.parametrize("wrong", [((PICTURE + 1) * 127.5).to(torch.uint8), (PICTURE + 1) * 127.5, NAN])
+def test_bytes_and_broken_values_are_no_picture_from_python(made, wrong):
+    with pytest.raises(ValueError, match=r"Embedder: 'image' takes floating pixels in \[-1, 1\]; got .* x / 127.5 - 1"):
+        told(made).sample({"image": wrong})
+    with pytest.raises(ValueError, match="'image' takes floating pixels"):
+        told(made).sample({"image": PICTURE}, negative={"image": wrong})
+
+
+def test_what_lies_in_a_picture_of_python_is_looked_at_no_closer():
+    """Masks of whole numbers, pictures that overshoot, and bytes where pixels are bytes; and what no row has."""
+    for mask in ((PICTURE > 0), (PICTURE > 0).long(), [[[[0.0] * 8] * 8]] * 2):
+        assert told(FieldEmbedder("mask", "concat")).sample({"mask": mask}).isfinite().all()
+    assert told(ImageLatentsEmbedder()).sample({"image": 1.5 * PICTURE}).isfinite().all()
+    in_bytes = told(ImageLatentsEmbedder(), first_stage=IdentityFirstStage(1 / 127.5, 127.5, (0, 255)))
+    assert in_bytes.sample({"image": (PICTURE + 1) * 127.5}).isfinite().all()
+    absent = ImageLatentsEmbedder(given_field="is_given")
+    assert told(absent).sample({"image": NAN, "is_given": [1, 0]}).isfinite().all()
+
+
+def test_training_looks_at_no_pixel(monkeypatch):
+    """Data sets have said their range, and a look would wait for the device."""
+    engine = told(ImageLatentsEmbedder()).train()
+    monkeypatch.setattr(IdentityFirstStage, "check_pixels", lambda *_: pytest.fail("it looked"))
+    engine.training_step(batch(2, seed=0))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (PICTURE.numpy(), r"'image' holds pictures \(B, c, h, w\) as a tensor, and a ndarray came.*from_numpy"),
+        (list(PICTURE), r"'image' holds pictures .* and a list came.*torch.stack"),
+        (PICTURE[0], r"'image' holds pictures .*; its shape is \(1, 8, 8\)"),
+        (PICTURE[..., :6], r"'concat', fed by 'image', is \(2, 1, 8, 6\), and lies behind .* \(B, 1, 8, 8\)"),
+        (PICTURE[:, :, None], r"'concat', fed by 'image', is \(2, 1, 1, 8, 8\)"),
+    ],
+)
+def test_a_picture_of_another_type_or_shape_is_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        told(ImageLatentsEmbedder()).sample({"image": wrong})
+
+
+def test_a_picture_of_another_size_is_refused_in_training_too():
+    with pytest.raises(ValueError, match=r"UNet: 'concat' is \(2, 1, 8, 6\) and lies behind x, \(2, 1, 8, 8\)"):
+        told(FieldEmbedder("hint", "concat"))(batch(2, seed=0) | {"hint": PICTURE[..., :6]})
+
+
+def test_a_field_of_another_size_is_named():
+    with pytest.raises(ValueError, match=r"'concat', fed by 'hint', is \(2, 1, 8, 6\)"):
+        told(FieldEmbedder("hint", "concat")).sample({"hint": PICTURE[..., :6]})
+    hint = numpy.zeros((2, 1, 8, 8), numpy.float32)
+    assert told(FieldEmbedder("hint", "concat")).sample({"hint": hint}).shape == (2, 1, 8, 8)
+
+
+def test_samples_without_their_picture_say_which_field_is_missing():
+    with pytest.raises(ValueError, match=r"told image. Say it: sample\(\{'image': ...\}\)"):
+        told(ImageLatentsEmbedder()).sample(num=2)
+    two = told(ImageLatentsEmbedder(), FieldEmbedder("fps", default=8))
+    with pytest.raises(ValueError, match="told image. Say it"):
+        two.sample()

@@ -404,6 +404,13 @@ def test_a_file_that_says_something_odd_builds_nothing(tmp_path, change, text):
         load_mixin(tmp_path / "b.safetensors")
 
 
+def test_a_folder_is_no_file_of_a_mixin_and_says_what_reads_those_of_peft(tmp_path):
+    lora = LoRA(rank=2, on="0").attach(nn.Sequential(nn.Linear(2, 2)))
+    for read in (load_mixin, lora.load):
+        with pytest.raises(WeightFileError, match=f"{tmp_path}: a folder, .*load_adapter"):
+            read(tmp_path)
+
+
 def test_a_file_says_what_it_is(tmp_path):
     LoRA(rank=2, on="0").attach(nn.Sequential(nn.Linear(2, 2))).save(tmp_path / "a.safetensors")
     metadata = read_metadata(tmp_path / "a.safetensors")

@@ -406,6 +406,7 @@ def test_what_cannot_be_built_is_said(change, message):
         (dict(cond=None), "'cross_attention' is missing, and this network was built with text_dim"),
         (dict(cond=Conditioning({"cross_attention": draw(2, 6, 9)})), r"'cross_attention' is \(B, n, 12\)"),
         (dict(cond=Conditioning({"ofs": draw(2)})), "for which it must be built with offset_dim"),
+        (dict(cond=Conditioning({"concat": draw(2, 4, 8, 12)})), r"'concat' is \(2, 4, 8, 12\) and lies behind x"),
         (dict(x=draw(2, 3, 4, 8, 12)), r"expected x to be \(B, 4, F, H, W\), got \(2, 3, 4, 8, 12\)"),
         (dict(x=draw(2, 4, 4, 7, 12)), r"multiples of the patch \(1, 2, 2\).* the nearest is \(4, 8, 12\)"),
         (dict(c_noise=draw(2, 3)), r"\(2,\), or per frame \(2, 4\); got the shape \(2, 3\)"),

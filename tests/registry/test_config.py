@@ -86,6 +86,8 @@ def test_a_file_that_cannot_be_read_is_an_error(write):
     assert fault("nowhere.yaml").startswith("nowhere.yaml: cannot read this config")
     assert fault("sub").startswith("sub: cannot read this config")
     assert "cannot read this config" in fault("sub/a.yaml")
+    missing = fault(write("b.yaml", "a: 1\nbase: [sub/none.yaml]"))
+    assert missing.startswith("b.yaml:2: base: sub/none.yaml: cannot read this config")
     os.symlink("loop.yaml", "loop.yaml")
     assert fault("loop.yaml").startswith("loop.yaml: cannot read this config")
 

@@ -151,6 +151,31 @@ def test_null_takes_away_what_a_base_names(tmp_path):
         train(config(tmp_path, "data={train: null, validation: null}"), tmp_path / "no")
 
 
+@pytest.mark.parametrize(
+    "entry, line, message",
+    [
+        ("batch_size: 0", "training:", "training: Trainer: batch_size must be at least 1, got 0"),
+        ("accumulate: 0", "training:", "training: Trainer: accumulate must be at least 1, got 0"),
+        ("init: [{file: none.safetensors}]", "init:", "training.init.0.file: there is no file or folder .*none.saf"),
+    ],
+)
+def test_numbers_and_files_that_cannot_be_are_named_by_line_before_anything_is_built(tmp_path, entry, line, message):
+    text = TINY.replace("batch_size: 8", entry)
+    number = next(i for i, one in enumerate(text.split("\n"), 1) if one.strip().startswith(line))
+    with pytest.raises(ConfigError, match=f"run.yaml:{number}: {message}"):
+        train(config(tmp_path, text=text), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_goes_on_where_what_it_began_with_is_gone(tmp_path):
+    train(config(tmp_path), tmp_path / "first")
+    save_weights(tmp_path / "start.safetensors", read_run_weights(tmp_path / "first", "raw")[0])
+    begun = TINY + f"  init: [{{file: {tmp_path / 'start.safetensors'}}}]\n"
+    train(config(tmp_path, "training.num_steps=2", text=begun), tmp_path / "out")
+    (tmp_path / "start.safetensors").unlink()
+    assert train(config(tmp_path, text=begun), tmp_path / "out").step == 4
+
+
 def test_a_data_section_may_be_one_set(tmp_path):
     tree = config(tmp_path, "training.num_steps=1").to_dict()
     tree["data"] = tree["data"]["train"]

@@ -82,6 +82,7 @@ class Embedder(Registered, nn.Module, kind="embedder"):
         if null == "empty" and not self.has_empty:
             raise ValueError(f"{type(self).__name__}: reads no text and has no empty prompt; use null: zero.")
         self.reads, self.feeds, self.drop, self.null_kind = reads, feeds, drop, null
+        self._shared: tuple[FirstStage, ...] = ()  # not a child: it is the engine's
 
     @abstractmethod
     def forward(self, value: Any) -> Tensor | Embedding | Mapping[str, Tensor | Embedding]:
@@ -133,6 +134,15 @@ class Embedder(Registered, nn.Module, kind="embedder"):
 
     def share(self, first_stage: FirstStage) -> None:
         """Called by an engine with its own first stage, for embedders that may go through it."""
+        self._shared = (first_stage,)
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Called by an engine with fields that a user gives it from Python, where they are; by default they will do.
+
+        Raises:
+            ValueError: this one's is of another type or shape, or its values are no pixels. Values are looked at where
+                they are on the host.
+        """
 
     def named(self, said: Tensor | Embedding | Mapping[str, Tensor | Embedding]) -> Feeds:
         """What :meth:`forward` gave, in its longest form."""
@@ -167,8 +177,33 @@ def _has_rows(value: Any) -> bool:
     return value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, list | tuple)
 
 
+def is_on_host(value: Tensor) -> bool:
+    """Whether values may be looked at without waiting for a device."""
+    return value.device.type == "cpu"
+
+
+def check_is_tensor(value: Any, field: str, wanted: str) -> None:
+    """That a field is a tensor.
+
+    Raises:
+        ValueError: it is an array, a list or what else.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{field!r} holds {wanted} as a tensor, and a {type(value).__name__} came. Arrays: torch.from_numpy(x); "
+            "a list of tensors: torch.stack(x)."
+        )
+
+
 class Conditioner(Registered, nn.Module, kind="conditioner"):
     """``conditioner(batch) -> Conditioning``."""
+
+    def fields(self, feeds: str | None = None) -> list[str]:
+        """The batch fields that it cannot do without; of these, where given, those that feed one name."""
+        return []
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """See :meth:`Embedder.check`."""
 
     @abstractmethod
     def forward(self, batch: Mapping[str, Any]) -> Conditioning:

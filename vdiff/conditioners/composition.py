@@ -81,6 +81,15 @@ class EmbedderConditioner(Conditioner, name="embedders"):
         lost = {i for word, known in zip(row["drop"], meant, strict=True) for i, k in enumerate(known) if k == word}
         return float(row["probability"]), frozenset(lost)
 
+    def fields(self, feeds: str | None = None) -> list[str]:
+        needed = (e for e in self.embedders if e.default is None and feeds in (None, e.feeds))
+        return list(dict.fromkeys(e.reads for e in needed))  # type: ignore[misc]
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        for embedder in self.embedders:
+            if embedder.reads in batch:
+                embedder.check(batch)  # type: ignore[operator]
+
     def forward(self, batch: Mapping[str, Any]) -> Conditioning:
         drops = self.training and (self.joint_drop or any(e.drop for e in self.embedders))
         keys = RowKeys.of(batch) if drops else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vdiff.conditioners.base import Embedder
+from vdiff.conditioners.base import Embedder, is_on_host
+from vdiff.first_stages import IdentityFirstStage
 from vdiff.networks import sinusoidal
 
 
@@ -43,6 +44,11 @@ class ClassLabelEmbedder(Embedder):
             raise ValueError(
                 f"ClassLabelEmbedder: {self.reads} holds one class per row, (B,), such as [3]; "
                 f"its shape is {tuple(labels.shape)}."
+            )
+        if labels.is_floating_point():
+            raise ValueError(
+                f"ClassLabelEmbedder: {self.reads} holds whole numbers, 0 to {self.num_classes - 1}, and "
+                f"{labels.dtype} came. Where they are whole, hand over {self.reads}.long()."
             )
         # Training waits for no device to look; sampling and validation do, for a wrong index kills a CUDA process.
         is_looked_at = labels.device.type == "cpu" or not torch.is_grad_enabled()
@@ -171,6 +177,14 @@ class FieldEmbedder(Embedder):
         self.absent, self.offset, self.default = absent, offset, default
         self.is_picture = self.feeds == "concat"
         self.register_buffer("place", torch.empty(0), persistent=False)  # moves with the module
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        stage = next(iter(self._shared), None)
+        if not self.is_picture or not isinstance(stage, IdentityFirstStage):
+            return  # beside latents it may be latents too, of any scale
+        value = torch.as_tensor(batch[self.reads])
+        if value.numel() and is_on_host(value):
+            stage.check_pixels(value.float(), f"FieldEmbedder: {self.reads!r}")  # a mask may be of whole numbers
 
     def forward(self, value: Tensor) -> Tensor:
         field = torch.as_tensor(value).to(self.place.device)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vdiff.conditioners.open_clip import open_clip_tokens
+from vdiff.conditioners.open_clip import check_names, open_clip_tokens
 from vdiff.conditioners.text import TextEmbedder
 
 CLIP_ARCHS: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ class CLIPTextEmbedder(TextEmbedder, name="clip_text"):
         super().__init__(reads, feeds, drop, null, pooled_feeds, layer, masked, template, trainable, memory, folder)
         transformers = _transformers("CLIPTextEmbedder")
         self.norm, self.end_id, self.pad_id = norm, 49407, 49407
-        config = transformers.CLIPTextConfig(**_numbers(arch, CLIP_ARCHS, "CLIPTextEmbedder"))
+        config = _config(transformers.CLIPTextConfig, arch, CLIP_ARCHS, "CLIPTextEmbedder")
         model = transformers.CLIPTextModel(config)
         self.transformer = getattr(model, "text_model", model)  # versions of transformers differ
         prefixes = {f"{b}text_model.": "" for b in ("", *_BEGINNINGS)} | {"": ""}
@@ -149,7 +149,8 @@ class T5TextEmbedder(TextEmbedder, name="t5_text"):
         super().__init__(reads, feeds, drop, null, None, "last", masked, template, trainable, memory, folder)
         transformers = _transformers("T5TextEmbedder")
         self.max_length, self.tokenizer, self.end_id, self.pad_id = length, tokenizer, 1, 0
-        config = transformers.T5Config(**_numbers(arch, T5_ARCHS, "T5TextEmbedder"), use_cache=False)
+        config = _config(transformers.T5Config, arch, T5_ARCHS, "T5TextEmbedder")
+        config.use_cache = False
         self.transformer = transformers.T5EncoderModel(config)
         prefixes = {"": "", **dict.fromkeys(_BEGINNINGS, "")}
         self.load_tower(
@@ -189,13 +190,19 @@ def _tokenizer(folder: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
-def _numbers(arch: str | dict[str, Any], known: dict[str, dict[str, Any]], who: str) -> dict[str, Any]:
-    if not isinstance(arch, str):
-        return dict(arch)
-    name = arch.rpartition("/")[2]
-    if name not in known:
-        raise ValueError(f"{who}: no architecture is called {arch!r}. Known: {', '.join(known)}; or give its numbers.")
-    return known[name]
+def _config(kind: Any, arch: str | dict[str, Any], known: dict[str, dict[str, Any]], who: str) -> Any:
+    """The config, of a class of transformers, of an architecture by name or in numbers."""
+    if isinstance(arch, str):
+        name = arch.rpartition("/")[2]
+        if name not in known:
+            named = ", ".join(known)
+            raise ValueError(f"{who}: no architecture is called {arch!r}. Known: {named}; or give its numbers.")
+        return kind(**known[name])
+    # Any other name it would keep without a word, and never read.
+    general = _transformers(who).PretrainedConfig().to_dict()
+    own = [*(name for name in kind().to_dict() if name not in general), *kind.attribute_map]
+    check_names({name: value for name, value in arch.items() if name not in general}, own, who)
+    return kind(**arch)
 
 
 def _transformers(who: str) -> Any:

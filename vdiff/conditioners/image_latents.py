@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vdiff.conditioners.base import Embedder, Embedding, Feeds
+from vdiff.conditioners.base import Embedder, Embedding, Feeds, check_is_tensor, is_on_host
 from vdiff.first_stages import FirstStage
 from vdiff.networks import sinusoidal
 from vdiff.process import RowKeys, normal, spread, upload
@@ -95,21 +95,36 @@ class ImageLatentsEmbedder(Embedder, name="image_latents"):
             raise ValueError("ImageLatentsEmbedder: sigma and log_std are at least 0, frames at least 1.")
         self.is_picture = fill != "each" and feeds != "views"  # which are videos of moments and of views
         self.first_stage = None if first_stage is None else first_stage.requires_grad_(False).eval()
-        self._shared: tuple[FirstStage, ...] = ()  # not a child: it is the engine's
         self.scale = scale
         self.log_mean, self.log_std, self.sigma, self.noised = log_mean, log_std, sigma, noised
         self.level_feeds, self.level_width, self.level_null = level_feeds, level_width, level_null
         self.sigma_field, self.given_field, self.frames, self.fill = sigma_field, given_field, frames, fill
 
-    def share(self, first_stage: FirstStage) -> None:
-        self._shared = (first_stage,)
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Latents of pixels, as they are scaled here."""
+    @property
+    def stage(self) -> FirstStage:
+        """What makes these latents."""
         stage = self.first_stage if self.first_stage is not None else next(iter(self._shared), None)
         if stage is None:
             raise ValueError("ImageLatentsEmbedder: no first stage; give one, or put the embedder into an engine.")
-        return stage.encode(pixels) * self.scale
+        return stage
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents of pixels, as they are scaled here."""
+        return self.stage.encode(pixels) * self.scale
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        pixels, who = batch[self.reads], f"ImageLatentsEmbedder: {self.reads!r}"
+        check_is_tensor(pixels, self.reads, "pictures (B, c, h, w)")
+        if pixels.ndim not in (4, 5):
+            raise ValueError(
+                f"{who} holds pictures (B, c, h, w) or videos (B, c, f, h, w); its shape is {tuple(pixels.shape)}."
+            )
+        if pixels.is_floating_point() and not is_on_host(pixels):
+            return
+        given = self.read(batch).given
+        pixels = pixels if given is None else pixels[given.to(pixels.device)]
+        if pixels.numel():
+            self.stage.check_pixels(pixels, who)
 
     def idle_weights(self) -> list[str]:
         """Globs over weights that nothing reads: what decodes."""

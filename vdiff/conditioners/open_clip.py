@@ -7,6 +7,7 @@ that published files fit as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +66,7 @@ class OpenCLIPTextEmbedder(TextEmbedder, name="open_clip_text"):
         folder: Path | None = None,
     ) -> None:
         super().__init__(reads, feeds, drop, null, pooled_feeds, layer, masked, template, trainable, memory, folder)
-        config = architecture(arch, "OpenCLIPTextEmbedder")
+        config = architecture(arch, "OpenCLIPTextEmbedder", "text_cfg")
         text = config["text_cfg"]
         if "hf_model_name" in text or "hf_tokenizer_name" in text or text.get("embed_cls"):
             raise ValueError(
@@ -146,8 +147,8 @@ def _tokenizer() -> Any:
     return _open_clip("open_clip_text").tokenizer.SimpleTokenizer()
 
 
-def architecture(arch: str | Mapping[str, Any], who: str) -> dict[str, Any]:
-    """open_clip's config of a model by name; of a mapping, the config with that text tower."""
+def architecture(arch: str | Mapping[str, Any], who: str, part: Literal["text_cfg", "vision_cfg"]) -> dict[str, Any]:
+    """open_clip's config of a model by name; of a mapping, the config with that tower as its ``part``."""
     open_clip = _open_clip(who)
     if isinstance(arch, str):
         known = open_clip.list_models()
@@ -157,8 +158,22 @@ def architecture(arch: str | Mapping[str, Any], who: str) -> dict[str, Any]:
         return open_clip.get_model_config(arch)
     if "embed_dim" not in arch:
         raise ValueError(f"{who}: an architecture of one's own needs 'embed_dim', got {', '.join(arch)}.")
-    rest = {name: value for name, value in arch.items() if name not in ("embed_dim", "quick_gelu")}
-    return {"embed_dim": arch["embed_dim"], "quick_gelu": arch.get("quick_gelu", False), "text_cfg": rest}
+    towers = {"text_cfg": open_clip.CLIPTextCfg, "vision_cfg": open_clip.CLIPVisionCfg}
+    whole = ("embed_dim", "quick_gelu")
+    check_names(arch, [*whole, *(field.name for field in fields(towers[part]))], who)
+    rest = {name: value for name, value in arch.items() if name not in whole}
+    return {"embed_dim": arch["embed_dim"], "quick_gelu": arch.get("quick_gelu", False), part: rest}
+
+
+def check_names(arch: Mapping[str, Any], known: Sequence[str], who: str) -> None:
+    """That an architecture in numbers has no name that its tower would not read.
+
+    Raises:
+        ValueError: it has; the known names are listed.
+    """
+    if unknown := [name for name in arch if name not in known]:
+        hints = "".join(did_you_mean(name, known) for name in unknown)
+        raise ValueError(f"{who}: arch takes no {', '.join(map(repr, unknown))}.{hints} It takes: {', '.join(known)}.")
 
 
 def _clip(config: Mapping[str, Any], vision: Mapping[str, Any]) -> Any:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdiff.checkpoints import load_into, read_weights
-from vdiff.conditioners.base import Embedder, Embedding, Feeds
+from vdiff.conditioners.base import Embedder, Embedding, Feeds, check_is_tensor
 from vdiff.conditioners.open_clip import PREFIXES, architecture
 
 # Of the pictures that CLIP was trained on, in [0, 1].
@@ -80,9 +80,8 @@ class OpenCLIPImageEmbedder(Embedder, name="open_clip_image"):
             raise ValueError(f"OpenCLIPImageEmbedder: pixel_range goes from low to high, got {pixel_range}.")
         self.arch, self.output, self.pixel_range, self.trainable = arch, output, pixel_range, trainable
         self.per_frame, self.resize = per_frame, resize
-        config = architecture(arch, "OpenCLIPImageEmbedder")
-        vision = config["vision_cfg"] if isinstance(arch, str) else config["text_cfg"]
-        self.model = nn.ModuleDict({"visual": _visual(config, vision)})
+        config = architecture(arch, "OpenCLIPImageEmbedder", "vision_cfg")
+        self.model = nn.ModuleDict({"visual": _visual(config, config["vision_cfg"])})
         if output == "penultimate" and len(self.tower.transformer.resblocks) < 2:
             raise ValueError("OpenCLIPImageEmbedder: output 'penultimate' needs a tower of two layers or more.")
         self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
@@ -138,6 +137,9 @@ class OpenCLIPImageEmbedder(Embedder, name="open_clip_image"):
         colour = (low + (high - low) * self.mean).view(1, 3, *(1,) * (value.ndim - 2))
         said, nothing = self(value), self(colour.expand(-1, -1, *value.shape[2:]))
         return {self.feeds: Embedding(said)}, {self.feeds: Embedding(nothing.expand_as(said))}
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        check_is_tensor(batch[self.reads], self.reads, "pictures (B, 1 or 3, h, w)")
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """Pictures as the tower reads them: its size, three channels, CLIP's mean and spread.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +68,9 @@ class ImageTokensEmbedder(Embedder, name="image_tokens", aliases=("resampler",))
             )
         if not trainable:
             self.resampler.requires_grad_(False)
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        self.tower.check(batch)
 
     def forward(self, value: Any) -> Tensor:
         (seen,) = self.tower.named(self.tower(value)).values()

@@ -93,6 +93,8 @@ def reason(error: Exception) -> str:
     """Why a picture could not be read, in a few words."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
+    if isinstance(error, IsADirectoryError):
+        return "a folder, and not a picture"
     if type(error).__name__ == "UnidentifiedImageError":
         return "not a picture"  # Pillow's words repeat the path
     return str(error).partition("\n")[0] or type(error).__name__

@@ -150,9 +150,15 @@ class DiffusionEngine(Engine, name="diffusion"):
         """
         sampler, guider = self._chosen(sampler, guider, negative is not None)
         with in_eval(self):
+            is_told = cond is not None
             cond = self.conditions(cond, negative)
+            size = self._latent_shape(shape) if x0 is None else x0.shape[1:]
+            self._check_sizes(cond, size)
             seeds = _one_per_sample(seeds, num if x0 is None else len(x0), cond.num_rows)
-            noise = self.noise(self._latent_shape(shape) if x0 is None else x0.shape[1:], seeds)
+            if not is_told and (missing := self.conditioner.fields()):
+                given = ", ".join(f"{field!r}: ..." for field in missing)
+                raise ValueError(f"sample: this engine is told {', '.join(missing)}. Say it: sample({{{given}}}).")
+            noise = self.noise(size, seeds)
             x0 = sampler(
                 self.denoiser,
                 self.schedule,
@@ -182,6 +188,7 @@ class DiffusionEngine(Engine, name="diffusion"):
             return Conditioning()
         if isinstance(cond, Conditioning):
             return cond.to(self.device)
+        self.conditioner.check(cond)
         return self.conditioner({k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in cond.items()})
 
     def _chosen(
@@ -202,6 +209,19 @@ class DiffusionEngine(Engine, name="diffusion"):
         if scale is None or isinstance(guider, X0ScaleGuider):
             return guider
         return X0ScaleGuider(scale.last, scale.num_falling, scale.num_rows, guider)
+
+    def _check_sizes(self, cond: Conditioning, size: Sequence[int]) -> None:
+        """What is put behind the noisy sample agrees with it in all but channels; a picture may be for all frames."""
+        behind = cond.get("concat")
+        if behind is None:
+            return
+        axes, wanted = tuple(behind.shape[2:]), tuple(size[1:])
+        if axes not in (wanted, wanted[-2:], (1, *wanted[-2:])[-len(wanted) :]):
+            fields = ", ".join(map(repr, self.conditioner.fields("concat"))) or "nothing by name"
+            raise ValueError(
+                f"sample: 'concat', fed by {fields}, is {tuple(behind.shape)}, and lies behind samples that are (B, "
+                f"{', '.join(map(str, size))}) to the network: all axes after the channels must agree."
+            )
 
     def _latent_shape(self, shape: Sequence[int] | None) -> tuple[int, ...]:
         shape = shape or self.sample_shape

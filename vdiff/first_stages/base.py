@@ -44,6 +44,22 @@ class FirstStage(Registered, nn.Module, kind="first_stage"):
     def latent_shape(self, pixel_shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the latents of one sample of shape ``(c, h, w)`` or ``(c, f, h, w)``."""
 
+    def check_pixels(self, pixels: Tensor, who: str) -> None:
+        """That pixels are no bytes and not broken; it looks at every value.
+
+        Raises:
+            ValueError: whole numbers, not finite ones, or some far outside of ``pixel_range``; samples overshoot it a
+                little.
+        """
+        low, high = self.pixel_range
+        reach = 8 * (high - low)  # samples overshoot, and latents as pixels may do so more; bytes are further out
+        least, most = (x.item() for x in pixels.detach().aminmax())  # one NaN makes both so
+        if not pixels.is_floating_point() or not (low - reach <= least and most <= high + reach):
+            raise ValueError(
+                f"{who} takes floating pixels in [{low:g}, {high:g}]; got {pixels.dtype} from {least:g} to {most:g}. "
+                "For [-1, 1] bytes are x / 127.5 - 1."
+            )
+
     def latent_mask(self, mask: Tensor, size: Sequence[int]) -> Tensor:
         """The largest value of a mask in the cell of pixels that each latent stands for.
 

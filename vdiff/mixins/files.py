@@ -68,6 +68,11 @@ def load_weights(mixin: Mixin, file: str | Path) -> None:
 
 
 def _read_head(file: str | Path) -> tuple[str, dict[str, Any], str | None]:
+    if Path(file).is_dir():
+        raise WeightFileError(
+            f"{file}: a folder, and vdiff keeps an adapter in one file. A folder of peft's is read with "
+            "vdiff.mixins.load_adapter(FOLDER, host)."
+        )
     metadata = read_metadata(file)
     if metadata.get("format") != FORMAT:
         said = metadata.get("format")

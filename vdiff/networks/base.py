@@ -94,6 +94,20 @@ class Network(Registered, nn.Module, kind="network"):
         return f"{title}: takes no condition {name!r}. {taken}"
 
 
+def behind(x: Tensor, concat: Tensor, who: str) -> Tensor:
+    """``x`` and the condition ``concat`` behind its channels.
+
+    Raises:
+        ValueError: they differ in more than channels.
+    """
+    if len(concat) != len(x) or concat.shape[2:] != x.shape[2:]:
+        raise ValueError(
+            f"{who}: 'concat' is {tuple(concat.shape)} and lies behind x, {tuple(x.shape)}: all axes but the channels "
+            "must agree."
+        )
+    return torch.cat([x, concat], dim=1)
+
+
 def run(layer: nn.Module, *args: object, recompute: bool = False) -> Tensor:
     """``layer(*args)``; with ``recompute`` its activations are not kept but computed again when differentiating."""
     if recompute and torch.is_grad_enabled():

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdiff.attention import Backend
-from vdiff.networks.base import Network, run
+from vdiff.networks.base import Network, behind, run
 from vdiff.networks.embeddings import sinusoidal
 from vdiff.networks.expert import ExpertBlock
 from vdiff.networks.modulated import ModulatedOut, linear
@@ -156,7 +156,7 @@ class CogVideoX(Network, name="cogvideox"):
 
     def _behind_x(self, x: Tensor, cond: Conditioning) -> Tensor:
         concat = cond.get("concat")
-        video = x if concat is None else torch.cat([x, concat], dim=1)
+        video = x if concat is None else behind(x, concat, "CogVideoX")
         if video.ndim != 5 or video.shape[1] != self.in_channels:
             parts = "x" if concat is None else f"x and 'concat' ({concat.shape[1]} channels)"
             raise ValueError(

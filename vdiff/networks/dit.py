@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdiff.attention import Backend
-from vdiff.networks.base import Network, run
+from vdiff.networks.base import Network, behind, run
 from vdiff.networks.embeddings import sinusoidal
 from vdiff.networks.modulated import ModulatedBlock, ModulatedOut, linear
 from vdiff.networks.patches import Patch, patchify, unpatchify
@@ -147,7 +147,7 @@ class DiT(Network, name="dit"):
     def _as_video(self, x: Tensor, cond: Conditioning) -> Tensor:
         concat = cond.get("concat")
         if concat is not None:
-            x = torch.cat([x, concat], dim=1)
+            x = behind(x, concat, "DiT")
         ndims = (4,) if self.num_axes == 2 else (4, 5)
         if x.ndim not in ndims or x.shape[1] != self.in_channels:
             parts = "x" if concat is None else f"x and 'concat' ({concat.shape[1]} channels)"

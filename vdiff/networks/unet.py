@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vdiff.attention import Backend
-from vdiff.networks.base import Network, run
+from vdiff.networks.base import Network, behind, run
 from vdiff.networks.embeddings import guidance_waves, sinusoidal
 from vdiff.networks.layers import CONVOLUTIONS, Downsample, GroupNorm, Upsample, zeroed
 from vdiff.networks.resblock import ResBlock
@@ -225,7 +225,7 @@ class UNet(Network, name="unet"):
     def _with_concat(self, x: Tensor, cond: Conditioning) -> Tensor:
         concat = cond.get("concat")
         if concat is not None:
-            x = torch.cat([x, concat], dim=1)
+            x = behind(x, concat, "UNet")
         if x.ndim != 2 + self.dims or x.shape[1] != self.in_channels:
             parts = "x" if concat is None else f"x and 'concat' ({concat.shape[1]} channels)"
             axes = {1: "L", 2: "H, W", 3: "D, H, W"}[self.dims]

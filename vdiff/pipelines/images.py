@@ -113,15 +113,9 @@ def encoded(engine: DiffusionEngine, pixels: Tensor) -> Tensor:
     """The latents of ``pixels``, without gradient and in eval mode.
 
     Raises:
-        ValueError: they are far outside of the first stage's ``pixel_range``; samples overshoot it a little.
+        ValueError: they are no pixels, see :meth:`FirstStage.check_pixels`.
     """
-    low, high = engine.first_stage.pixel_range
-    reach = 8 * (high - low)  # samples overshoot, and latents as pixels may do so more; bytes are further out
-    if not pixels.is_floating_point() or pixels.min() < low - reach or pixels.max() > high + reach:
-        raise ValueError(
-            f"{type(engine.first_stage).__name__} takes floating pixels in [{low:g}, {high:g}]; got {pixels.dtype} "
-            f"from {pixels.min().item():g} to {pixels.max().item():g}. For [-1, 1] bytes are x / 127.5 - 1."
-        )
+    engine.first_stage.check_pixels(pixels, type(engine.first_stage).__name__)
     with in_eval(engine.first_stage):
         return engine.first_stage.encode(pixels.to(engine.device))
 

@@ -133,7 +133,8 @@ def plain(value: Any, text: Callable[[str], str] = str) -> Any:
     return text(value) if type(value) is str else value
 
 
-def _read(file: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
+def _read(file: Path, including: tuple[Path, ...], named: str = "") -> tuple[dict[str, Any], Origins]:
+    """``named`` is where the file is named, for its error message."""
     from vdiff.registry.plain_yaml import parse
 
     try:
@@ -141,7 +142,7 @@ def _read(file: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], Orig
         resolved = file.resolve()
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError, RuntimeError) as error:  # missing, not UTF-8, a NUL in the name, a circle of links
-        raise ConfigFileError(f"{_short(file)}: cannot read this config: {error}.") from error
+        raise ConfigFileError(f"{named}{_short(file)}: cannot read this config: {error}.") from error
     if resolved in including:
         chain = " -> ".join(_short(f) for f in (*including, resolved))
         raise ConfigFileError(f"{_short(file)}: `base:` goes in a circle: {chain}.")
@@ -151,8 +152,9 @@ def _read(file: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], Orig
         raise ConfigFileError(f"{_short(file)}: a config is a mapping, got {own!r:.60}.")
     tree: dict[str, Any] = {}
     origins: Origins = {}
-    for base in _names(own.pop("base", None), f"{_short(file)}:{lines.get('base')}: base", "files"):
-        base_tree, base_origins = _read(resolved.parent / Path(base).expanduser(), (*including, resolved))
+    where = f"{_short(file)}:{lines.get('base')}: base"
+    for base in _names(own.pop("base", None), where, "files"):
+        base_tree, base_origins = _read(resolved.parent / Path(base).expanduser(), (*including, resolved), f"{where}: ")
         _merge(tree, base_tree)
         origins |= base_origins
     _merge(tree, own)

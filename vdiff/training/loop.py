@@ -84,8 +84,9 @@ class Trainer(Training, name="loop"):
         device: str = "auto",
         compile: bool = False,
     ) -> None:
-        if num_steps < 1:
-            raise ValueError(f"Trainer: num_steps must be at least 1, got {num_steps}.")
+        for name, value in (("num_steps", num_steps), ("batch_size", batch_size), ("accumulate", accumulate)):
+            if value < 1:
+                raise ValueError(f"Trainer: {name} must be at least 1, got {value}.")
         if clip is not None and not clip > 0:
             raise ValueError(f"Trainer: clip must be positive, got {clip}.")
         self.num_steps, self.batch_size, self.accumulate, self.seed = num_steps, batch_size, accumulate, seed

@@ -42,9 +42,12 @@ def train(config: Config | Mapping[str, Any], out: str | Path) -> FitResult:
     plans = check_run(config)
     training: Training = plans["training"].make()
     if not _has_checkpoint(out):
-        for source in getattr(training, "init", ()):
+        for number, source in enumerate(getattr(training, "init", ())):
             if source.config is not None:
                 train(load_config(source.config), source.file)  # a finished run has no steps left
+            elif not source.file.exists():
+                path = f"training.init.{number}.file"
+                raise ConfigError(f"{config.where(path)}{path}: there is no file or folder {source.file}.")
     resolved = resolve(plans, config, out)
     settle_config(resolved, out)
     with forked(training.seed, "init"):
