@@ -14,8 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Valgrind knows no instructions later than AVX2's. Where inductor writes kernels, the compiler would take later ones but
-# for the plainest.
+# Valgrind knows no instructions later than those of AVX2. Inductor's compiler takes later ones, if not the plainest.
 ALWAYS = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"} | ALWAYS
 PLAIN = {

@@ -175,7 +175,7 @@ def test_wrong_requests_say_what_is_wrong():
     with pytest.raises(ValueError, match="must agree: conditions 2, seeds 3"):
         engine.sample({"label": [1, 2]}, (1, 8, 8), seeds=[1, 2, 3])
     with pytest.raises(ValueError, match="at least one, and must agree: num 0"):
-        engine.sample(num=0, shape=(1, 8, 8))
+        engine.sample({"label": [1]}, (1, 8, 8), num=0)
     with pytest.raises(ValueError, match="one class per row"):
         engine.sample({"label": 7}, (1, 8, 8))
     with pytest.raises(KeyError, match="noise_key"):

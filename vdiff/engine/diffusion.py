@@ -150,15 +150,10 @@ class DiffusionEngine(Engine, name="diffusion"):
         """
         sampler, guider = self._chosen(sampler, guider, negative is not None)
         with in_eval(self):
-            is_told = cond is not None
             cond = self.conditions(cond, negative)
-            size = self._latent_shape(shape) if x0 is None else x0.shape[1:]
-            self._check_sizes(cond, size)
             seeds = _one_per_sample(seeds, num if x0 is None else len(x0), cond.num_rows)
-            if not is_told and (missing := self.conditioner.fields()):
-                given = ", ".join(f"{field!r}: ..." for field in missing)
-                raise ValueError(f"sample: this engine is told {', '.join(missing)}. Say it: sample({{{given}}}).")
-            noise = self.noise(size, seeds)
+            noise = self.noise(self._latent_shape(shape) if x0 is None else x0.shape[1:], seeds)
+            self._check_concat(cond, noise)
             x0 = sampler(
                 self.denoiser,
                 self.schedule,
@@ -185,6 +180,9 @@ class DiffusionEngine(Engine, name="diffusion"):
         if negative is not None:
             return self.conditions(cond).with_null(self.conditions(negative).with_(null=None))
         if cond is None:
+            if missing := self.conditioner.fields():
+                given = ", ".join(f"{field!r}: ..." for field in missing)
+                raise ValueError(f"sample: this engine is told {', '.join(missing)}. Say it: sample({{{given}}}).")
             return Conditioning()
         if isinstance(cond, Conditioning):
             return cond.to(self.device)
@@ -210,17 +208,17 @@ class DiffusionEngine(Engine, name="diffusion"):
             return guider
         return X0ScaleGuider(scale.last, scale.num_falling, scale.num_rows, guider)
 
-    def _check_sizes(self, cond: Conditioning, size: Sequence[int]) -> None:
+    def _check_concat(self, cond: Conditioning, noise: Tensor) -> None:
         """What is put behind the noisy sample agrees with it in all but channels; a picture may be for all frames."""
         behind = cond.get("concat")
         if behind is None:
             return
-        axes, wanted = tuple(behind.shape[2:]), tuple(size[1:])
+        axes, wanted = tuple(behind.shape[2:]), tuple(noise.shape[2:])
         if axes not in (wanted, wanted[-2:], (1, *wanted[-2:])[-len(wanted) :]):
             fields = ", ".join(map(repr, self.conditioner.fields("concat"))) or "nothing by name"
             raise ValueError(
                 f"sample: 'concat', fed by {fields}, is {tuple(behind.shape)}, and lies behind samples that are (B, "
-                f"{', '.join(map(str, size))}) to the network: all axes after the channels must agree."
+                f"{', '.join(map(str, noise.shape[1:]))}) to the network: all axes after the channels must agree."
             )
 
     def _latent_shape(self, shape: Sequence[int] | None) -> tuple[int, ...]:
