@@ -249,6 +249,12 @@ def test_mixins_attach_in_order_and_come_off_bit_for_bit(loader):
     assert torch.equal(plain.sample({"label": [1, 2]}), want) and list(plain.state_dict()) == keys
 
 
+def test_a_copy_of_conditions_that_need_no_first_stage_holds_none():
+    engine = make(first_stage=AutoencoderKL(1, channels=8, channel_mult=(1,), num_res_blocks=1, norm_groups=4))
+    before = len(pickle.dumps(make().conditioner))
+    assert len(pickle.dumps(engine.conditioner)) == before
+
+
 @pytest.mark.parametrize("trains_on", ["mean", "sample"])
 def test_it_trains_on_what_the_first_stage_says(trains_on):
     """And a preference pair, whose rows have one key, on one draw of noise."""

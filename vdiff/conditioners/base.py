@@ -82,7 +82,6 @@ class Embedder(Registered, nn.Module, kind="embedder"):
         if null == "empty" and not self.has_empty:
             raise ValueError(f"{type(self).__name__}: reads no text and has no empty prompt; use null: zero.")
         self.reads, self.feeds, self.drop, self.null_kind = reads, feeds, drop, null
-        self._shared: tuple[FirstStage, ...] = ()  # not a child: it is the engine's
 
     @abstractmethod
     def forward(self, value: Any) -> Tensor | Embedding | Mapping[str, Tensor | Embedding]:
@@ -134,7 +133,6 @@ class Embedder(Registered, nn.Module, kind="embedder"):
 
     def share(self, first_stage: FirstStage) -> None:
         """Called by an engine with its own first stage, for embedders that may go through it."""
-        self._shared = (first_stage,)
 
     def check(self, batch: Mapping[str, Any]) -> None:
         """Called by an engine with fields that a user gives it from Python, where they are; by default they will do.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vdiff.conditioners.base import Embedder, is_on_host
-from vdiff.first_stages import IdentityFirstStage
+from vdiff.first_stages import FirstStage, IdentityFirstStage
 from vdiff.networks import sinusoidal
 
 
@@ -176,15 +176,17 @@ class FieldEmbedder(Embedder):
         super().__init__(reads, feeds or reads, drop, null)
         self.absent, self.offset, self.default = absent, offset, default
         self.is_picture = self.feeds == "concat"
+        self._pixels: tuple[FirstStage, ...] = ()  # what an engine of pixels has for a first stage
         self.register_buffer("place", torch.empty(0), persistent=False)  # moves with the module
 
+    def share(self, first_stage: FirstStage) -> None:
+        self._pixels = (first_stage,) if isinstance(first_stage, IdentityFirstStage) else ()
+
     def check(self, batch: Mapping[str, Any]) -> None:
-        stage = next(iter(self._shared), None)
-        if not self.is_picture or not isinstance(stage, IdentityFirstStage):
-            return  # beside latents it may be latents too, of any scale
         value = torch.as_tensor(batch[self.reads])
-        if value.numel() and is_on_host(value):
-            stage.check_pixels(value.float(), f"FieldEmbedder: {self.reads!r}")  # a mask may be of whole numbers
+        if self.is_picture and value.numel() and is_on_host(value):
+            for stage in self._pixels:  # beside latents it may be latents too, of any scale
+                stage.check_pixels(value.float(), f"FieldEmbedder: {self.reads!r}")  # a mask may be of whole numbers
 
     def forward(self, value: Tensor) -> Tensor:
         field = torch.as_tensor(value).to(self.place.device)

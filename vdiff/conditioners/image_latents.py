@@ -95,10 +95,14 @@ class ImageLatentsEmbedder(Embedder, name="image_latents"):
             raise ValueError("ImageLatentsEmbedder: sigma and log_std are at least 0, frames at least 1.")
         self.is_picture = fill != "each" and feeds != "views"  # which are videos of moments and of views
         self.first_stage = None if first_stage is None else first_stage.requires_grad_(False).eval()
+        self._shared: tuple[FirstStage, ...] = ()  # not a child: it is the engine's
         self.scale = scale
         self.log_mean, self.log_std, self.sigma, self.noised = log_mean, log_std, sigma, noised
         self.level_feeds, self.level_width, self.level_null = level_feeds, level_width, level_null
         self.sigma_field, self.given_field, self.frames, self.fill = sigma_field, given_field, frames, fill
+
+    def share(self, first_stage: FirstStage) -> None:
+        self._shared = (first_stage,)
 
     @property
     def stage(self) -> FirstStage:

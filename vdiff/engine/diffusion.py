@@ -133,7 +133,8 @@ class DiffusionEngine(Engine, name="diffusion"):
         """Noise to samples.
 
         Args:
-            cond: Conditions, or batch fields for the conditioner such as ``{"label": [3, 7]}``; None: none.
+            cond: Conditions, or batch fields for the conditioner such as ``{"label": [3, 7]}``; None for an
+                engine that is told nothing.
             shape: Of one sample in pixels; by default ``sample_shape``.
             negative: What guidance moves away from instead of the conditioner's null, like ``cond``.
             num: How many; by default as many as ``cond`` has rows, or as there are seeds.
@@ -176,7 +177,11 @@ class DiffusionEngine(Engine, name="diffusion"):
     def conditions(
         self, cond: Conditioning | Batch | None, negative: Conditioning | Batch | None = None
     ) -> Conditioning:
-        """What :meth:`sample` makes of its conditions, on the engine's device."""
+        """What :meth:`sample` makes of its conditions, on the engine's device.
+
+        Raises:
+            ValueError: there are none and the conditioner cannot do without, or they are not what it reads.
+        """
         if negative is not None:
             return self.conditions(cond).with_null(self.conditions(negative).with_(null=None))
         if cond is None:
